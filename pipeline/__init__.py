@@ -1,0 +1,1 @@
+"""How a run is described, launched and watched: the only place that knows both stages."""

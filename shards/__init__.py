@@ -1,0 +1,1 @@
+"""The contract between the stages: teacher signals on disk. Numpy, pyarrow and zstandard; never torch."""

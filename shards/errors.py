@@ -1,0 +1,39 @@
+"""Every way in which a shard can be refused, each with a hint that says what to do."""
+
+from __future__ import annotations
+
+
+class ShardError(Exception):
+    """Root of all errors raised by `shards`."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class Corrupt(ShardError):
+    """Bytes differ from the checksum that was written with them."""
+
+
+class Truncated(ShardError):
+    """The file ends before its contents do."""
+
+
+class UnknownVersion(ShardError):
+    """Written by a format or codec version that this reader does not know."""
+
+
+class ContractMismatch(ShardError):
+    """Two contracts that should agree do not; the message names the field and both values."""
+
+
+class Incomplete(ShardError):
+    """A shard set whose manifest is not published yet: stage one has not finished it."""
+
+
+class InvalidRecord(ShardError):
+    """A record that must not be written: ids outside the vocabulary, NaN, unsorted ids, mass above one."""
+
+
+class StorageFailed(ShardError):
+    """The disk refused a write (full, quota, I/O error); what was published before is intact."""

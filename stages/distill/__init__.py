@@ -1,0 +1,1 @@
+"""Stage two: shards go through the student many times and become a model."""

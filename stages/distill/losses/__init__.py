@@ -1,0 +1,1 @@
+"""One loss a file, each computed without the [B, T, V] logits."""

@@ -1,0 +1,72 @@
+"""What can be set about stage two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveSettings:
+    kd: str = "tail_bucket_kl"
+    """Which distillation loss; the table of them is `stages.distill.objective.LOSSES`."""
+    kd_weight: float = 1.0
+    ce_weight: float = 0.1
+    attention_weight: float = 0.1
+    """Falls linearly to 0 at half of the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("kd_weight", "ce_weight", "attention_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"objective.{name} must not be negative")
+        if self.kd_weight == self.ce_weight == 0:
+            raise ValueError("objective.kd_weight and objective.ce_weight are both 0: nothing to learn")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillSettings:
+    epochs: int = 3
+    global_batch: int = 48
+    """Records a step over all ranks. 48 = 3 ranks x micro-batch 4 x accumulation 4; it never changes with the rank
+    count, accumulation does."""
+    micro_batch: int = 4
+    """Records a rank holds at once, at most."""
+    learning_rate: float = 2e-3
+    layer_decay: float = 0.9
+    """Layer l of L learns with learning_rate * layer_decay ** (L - 1 - l)."""
+    embedding_rate: float = 0.5
+    """The embedding's share of the learning rate; a quarter of it under PCA initialisation is common."""
+    weight_decay: float = 0.01
+    beta2: float = 0.98
+    warmup: float = 0.05
+    """Share of all steps spent warming up; a cosine follows, down to `final_rate` of the peak."""
+    final_rate: float = 0.05
+    clip: float = 1.0
+    zero_stage: int = 3
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    precision: str = "auto"
+    """"bf16", "fp16", "fp32", or "auto": bf16 where the device multiplies it natively, else fp32."""
+    pca_init: bool = True
+    """Start the embedding from the principal components of the teacher's head that the shards carry."""
+    seed: int = 0
+    checkpoint_every: int = 100
+    """Steps between checkpoints; one is written at the end and at SIGTERM in any case."""
+    keep_checkpoints: int = 2
+    validate_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"distill.{name} must be at least 1")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError("distill.zero_stage must be 0, 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("distill.offload_parameters needs zero_stage 3")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("distill.offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.precision not in ("auto", "bf16", "fp16", "fp32"):
+            raise ValueError("distill.precision must be auto, bf16, fp16 or fp32")
+        if self.learning_rate <= 0 or self.clip <= 0:
+            raise ValueError("distill.learning_rate and distill.clip must be above 0")
+        if not 0 <= self.warmup < 1 or not 0 < self.layer_decay <= 1 or not 0 <= self.final_rate <= 1:
+            raise ValueError("distill.warmup, layer_decay and final_rate must lie in [0, 1]")

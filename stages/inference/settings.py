@@ -1,0 +1,20 @@
+"""What can be set about the generations a run shows at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSettings:
+    prompts: int = 3
+    """Validation prompts answered at the end of a run."""
+    max_new_tokens: int = 160
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompts < 0 or self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("generation: prompts >= 0, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1")

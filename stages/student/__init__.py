@@ -1,0 +1,1 @@
+"""The student model. It knows no teacher, no shard and no trainer."""

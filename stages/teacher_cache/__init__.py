@@ -1,0 +1,1 @@
+"""Stage one: the corpus goes through the teacher once and becomes shards."""

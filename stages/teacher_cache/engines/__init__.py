@@ -1,0 +1,1 @@
+"""The engines that can run a teacher, one file or folder each, behind one Protocol."""
