@@ -1,0 +1,66 @@
+# The verbs of cli.py for people. Variables: RECIPE, NAME, DATA, GPUS, SHARDS, SET, TARGET.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+CLI := $(PYTHON) cli.py
+
+RECIPE_FLAGS = $(if $(RECIPE),--recipe $(RECIPE)) $(if $(NAME),--name $(NAME)) $(if $(DATA),--data $(DATA)) $(foreach pair,$(SET),--set $(pair))
+RANK_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(SHARDS),--shards $(SHARDS))
+
+.PHONY: help
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables: RECIPE=smollm2-demo|qwen3-8b|file.toml  NAME=run  DATA=rows.jsonl  GPUS=n  SHARDS=folder  SET='a.b=c d.e=f'"
+
+.PHONY: setup
+setup: ## everything this machine needs, into .venv (once; CPU or CUDA by what the machine has)
+	@python3 requirements/install.py
+
+.PHONY: demo
+demo: setup ## the whole path on a real teacher: fetch, prepare, cache, distil, evaluate, generate (minutes, no GPU)
+	@$(CLI) demo $(if $(NAME),--name $(NAME)) $(if $(GPUS),--gpus $(GPUS))
+
+.PHONY: test
+test: setup ## set-up and all tests but the long sweeps
+	@$(PYTHON) -m pytest -q -m "not long"
+
+.PHONY: test-long
+test-long: setup ## the long sweeps too
+	@$(PYTHON) -m pytest -q
+
+.PHONY: check
+check: setup ## formatting, lint, types, import floors, documentation links
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m mypy
+	@.venv/bin/lint-imports --no-cache
+
+.PHONY: prepare
+prepare: setup ## JSONL (DATA=path) to tokenised samples in data/processed
+	@$(CLI) prepare $(RECIPE_FLAGS)
+
+.PHONY: teacher-cache
+teacher-cache: prepare ## stage one: the teacher over the samples, into shards
+	@$(CLI) teacher-cache $(RECIPE_FLAGS)
+
+.PHONY: distill
+distill: setup ## stage two: the student from the shards (GPUS=n; without a GPU, n CPU processes)
+	@$(CLI) distill $(RECIPE_FLAGS) $(RANK_FLAGS)
+
+.PHONY: distill-screen
+distill-screen: setup ## the same in the background: a `screen` session of the run's name
+	@command -v screen >/dev/null || { echo "error: screen is not installed"; echo "hint: apt-get install screen, or use make distill"; exit 1; }
+	@screen -dmS minicodformer $(CLI) distill $(RECIPE_FLAGS) $(RANK_FLAGS)
+	@echo "training in the background: screen -r minicodformer to look, ctrl-a d to leave it running, make watch to follow"
+
+.PHONY: watch
+watch: ## follow the newest run's events
+	@tail -n 5 -F "$$(ls -td runs/*/events.jsonl | head -n 1)"
+
+.PHONY: evaluate
+evaluate: setup ## the finished student against the teacher on the validation split
+	@$(CLI) evaluate $(if $(NAME),--name $(NAME))
+
+.PHONY: lock
+lock: ## compile requirements/{cpu,cuda}.txt anew from pyproject.toml
+	@python3 requirements/lock.py

@@ -1,0 +1,220 @@
+#!/usr/bin/env python3
+"""The verbs of MiniCodformer: parse, call, print. No logic here, and nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+    from pipeline.run import RunFolder
+
+app = typer.Typer(
+    name="minicodformer",
+    help="Offline knowledge distillation: a teacher once into shards, a liquid student many times out of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A shipped recipe or a TOML file. [default: qwen3-8b with a GPU, else smollm2-demo]"),
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="The run: runs/NAME. [default: the recipe's name]")]
+RunOption = Annotated[str | None, typer.Option("--name", help="The run: runs/NAME. [default: the newest finished run]")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="A JSONL file; the same as --set corpus.source=…")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value.")]
+GpusOption = Annotated[int | None, typer.Option("--gpus", help="Ranks: GPUs, or CPU processes where there is none.")]
+ShardsOption = Annotated[Path | None, typer.Option("--shards", help="A shard set. [default: the run's own]")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["MINICODFORMER_DEBUG"] = "1"
+
+
+@app.command()
+def demo(
+    name: Annotated[str, typer.Option("--name", help="The run: runs/NAME.")] = "smollm2-demo",
+    gpus: GpusOption = None,
+) -> None:
+    """The whole path on a real teacher, in minutes and without a GPU; run again, it redoes nothing."""
+    from pipeline.demo import run_demo
+
+    _print(run_demo(name, gpus))
+
+
+@app.command()
+def prepare(
+    recipe: RecipeOption = None, name: NameOption = None, data: DataOption = None, overrides: SetOption = None
+) -> None:
+    """Turn JSONL rows into tokenised samples in data/processed."""
+    from pipeline import steps
+
+    chosen, run = _choose(recipe, name, data, overrides)
+    _print(steps.prepare(chosen, run).lines())
+
+
+@app.command("teacher-cache")
+def teacher_cache(
+    recipe: RecipeOption = None, name: NameOption = None, data: DataOption = None, overrides: SetOption = None
+) -> None:
+    """Stage one: run the teacher once over the samples and write the shards."""
+    from pipeline import steps
+    from pipeline.summary import cache_lines
+
+    chosen, run = _choose(recipe, name, data, overrides)
+    _print(cache_lines(steps.teacher_cache(chosen, run), run))
+
+
+@app.command()
+def distill(
+    recipe: RecipeOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    gpus: GpusOption = None,
+    shards: ShardsOption = None,
+) -> None:
+    """Stage two: train the student from the shards; resumes where it stopped."""
+    from pipeline import steps
+    from pipeline.summary import distill_lines
+
+    chosen, run = _choose(recipe, name, data, overrides)
+    _print(distill_lines(steps.distill(chosen, run, shards=shards, gpus=gpus), run))
+
+
+@app.command()
+def evaluate(name: RunOption = None, shards: ShardsOption = None) -> None:
+    """Hold the finished student against the teacher's cached validation split."""
+    from pipeline import steps
+    from pipeline.summary import evaluation_lines
+
+    run = _finished_run(name)
+    _print(evaluation_lines(steps.evaluate(run, shards=shards), run))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to ask. [default: read standard input]")] = None,
+    name: RunOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Answer a prompt with the student."""
+    from pipeline import steps
+
+    text = sys.stdin.read() if prompt is None else prompt
+    (answer,) = steps.generate(
+        _finished_run(name), [text], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    typer.echo(answer.text)
+
+
+@app.command("inspect-shard")
+def inspect_shard(
+    path: Annotated[Path, typer.Argument(help="A .arrow shard, or a folder of them.")],
+    record: Annotated[int | None, typer.Option("--record", min=0, help="Decode this record too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a shard holds: contract, sizes by part, coverage, and one decoded record."""
+    from pipeline.inspection import inspect
+
+    _print(inspect(path, record=record, as_json=as_json))
+
+
+@app.command("verify-shards")
+def verify_shards(path: Annotated[Path, typer.Argument(help="The folder of a shard set.")]) -> None:
+    """Check every byte of a shard set against its checksums."""
+    from pipeline.inspection import verify
+
+    _print(verify(path))
+
+
+@app.command()
+def doctor() -> None:
+    """Check that this machine has what the stages need."""
+    from pipeline.doctor import examine
+
+    healthy = True
+    for row in examine():
+        typer.echo(f"{'ok  ' if row.ok else 'FAIL'}  {row.name:<12} {row.fact}")
+        healthy &= row.ok
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _choose(
+    recipe: str | None, name: str | None, data: Path | None, overrides: list[str] | None
+) -> tuple[Recipe, RunFolder]:
+    from pipeline.choose import choose
+
+    choice = choose(recipe, name=name, data=data, overrides=overrides or [])
+    typer.echo(choice.why)
+    return choice.recipe, choice.run
+
+
+def _finished_run(name: str | None) -> RunFolder:
+    from pipeline import steps
+    from pipeline.run import RunFolder
+
+    return steps.newest_run() if name is None else RunFolder(Path("runs") / name)
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def _explain(error: Exception) -> int:
+    """Print what went wrong and what to do about it; the exit code is 2 for usage, 1 for everything else."""
+    from pipeline.errors import UsageError
+
+    if os.environ.get("MINICODFORMER_DEBUG"):
+        traceback.print_exception(error)
+    typer.echo(f"error: {error}", err=True)
+    if hint := getattr(error, "hint", _HINTS.get(getattr(error, "errno", None), "")):
+        typer.echo(f"hint: {hint}", err=True)
+    return 2 if isinstance(error, UsageError) else 1
+
+
+_HINTS: dict[int | None, str] = {
+    errno.ENOSPC: "make room on the disk and run the same command again; what was finished is kept",
+    errno.EDQUOT: "free some of your quota and run the same command again; what was finished is kept",
+    errno.EACCES: "check who owns the file or folder",
+}
+
+
+def main() -> None:
+    """Run the command line; our own errors become `error:` and `hint:` lines instead of tracebacks."""
+    from pipeline.errors import PipelineError
+    from shards.errors import ShardError
+    from stages.errors import StageError
+
+    try:
+        app()
+    except (PipelineError, StageError, ShardError, OSError) as error:
+        sys.exit(_explain(error))
+    except SystemExit as stop:
+        if stop.code == 128 + signal.SIGINT:
+            typer.echo("stopped; run the same command again to go on", err=True)
+        raise
+
+
+if __name__ == "__main__":
+    main()

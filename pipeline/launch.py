@@ -1,0 +1,90 @@
+"""Processes and devices: what this machine has, and how a stage is spread over it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import PipelineError, UsageError
+from pipeline.run import RunFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a stage can be spread over."""
+
+    gpus: int
+    cores: int
+
+    def describe(self) -> str:
+        return f"{self.gpus} GPU{'s' * (self.gpus != 1)}" if self.gpus else f"no GPU, {self.cores} CPU cores"
+
+
+def machine() -> Machine:
+    """The GPUs torch can see and the cores this process may use."""
+    import torch
+
+    return Machine(gpus=torch.cuda.device_count(), cores=len(os.sched_getaffinity(0)))
+
+
+def default_ranks(here: Machine) -> int:
+    """All GPUs; without one, a process for each core, at most two (more only split the same cores)."""
+    return here.gpus or min(2, here.cores)
+
+
+def check_ranks(count: int, here: Machine, global_batch: int) -> None:
+    """Refuse a rank count that cannot work, naming those that can.
+
+    Raises UsageError: every rank needs its own GPU where there are GPUs, and the same share of the global batch.
+    """
+    limit = here.gpus or global_batch
+    possible = [ranks for ranks in range(1, min(limit, global_batch) + 1) if global_batch % ranks == 0]
+    if count in possible:
+        return
+    counts = ", ".join(map(str, possible))
+    if here.gpus and count > here.gpus:
+        raise UsageError(f"GPUS={count}, but this machine has {here.describe()}", hint=f"GPUS can be {counts}")
+    raise UsageError(
+        f"GPUS={count} does not divide the global batch of {global_batch} records", hint=f"GPUS can be {counts}"
+    )
+
+
+def run_ranks(run: RunFolder, shards: Path, count: int, here: Machine) -> None:
+    """Train with `count` processes on this machine, through torch's elastic launcher.
+
+    Raises PipelineError with the message and hint of the rank that failed first.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from pipeline.rank import take_failure
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say what failed, once
+    take_failure(run)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, here.cores // count))
+    if not here.gpus:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=run.path.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.5,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "pipeline.rank", str(run.path), str(shards))
+    except ChildFailedError as error:
+        failure = take_failure(run)
+        if failure is None:
+            rank, first = error.get_first_failure()
+            raise PipelineError(
+                f"rank {rank} ended with exit code {first.exitcode}",
+                hint=f"its last lines are above and in {run.events}; run the same command again to resume",
+            ) from error
+        raise PipelineError(failure.message, hint=failure.hint) from error

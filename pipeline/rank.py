@@ -1,0 +1,72 @@
+"""What each launched process runs: `python -m pipeline.rank RUN SHARDS`. Rank 0 speaks for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.run import RunFolder
+from pipeline.sinks import listening
+from shards.errors import ShardError
+from stages.errors import StageError
+from stages.events import Emit, silent
+
+_FAILURE = ".rank_failure.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    message: str
+    hint: str
+
+
+def take_failure(run: RunFolder) -> Failure | None:
+    """The error that a rank of the last launch could name, if one could; it is forgotten by reading it."""
+    path = run.path / _FAILURE
+    if not path.is_file():
+        return None
+    failure = Failure(**json.loads(path.read_text(encoding="utf-8")))
+    path.unlink()
+    return failure
+
+
+def _train(run: RunFolder, shards: Path, emit: Emit) -> None:
+    from stages.distill.train import train
+
+    recipe = run.recipe()
+    result = train(
+        shards=shards,
+        run=run.path,
+        settings=recipe.distill,
+        objective=recipe.objective,
+        shape=recipe.student,
+        emit=emit,
+    )
+    if _is_speaker():
+        run.report("distill", asdict(result))
+
+
+def _is_speaker() -> bool:
+    return os.environ["RANK"] == "0"
+
+
+def main() -> None:
+    run, shards = RunFolder(Path(sys.argv[1])), Path(sys.argv[2])
+    try:
+        with listening(run.events) if _is_speaker() else nullcontext(silent) as emit:
+            _train(run, shards, emit)
+    except (StageError, ShardError) as error:
+        # Every rank sees the same inputs; the first to fail names the cause, whoever it is.
+        run.path.joinpath(_FAILURE).write_text(json.dumps(asdict(Failure(str(error), error.hint))), encoding="utf-8")
+        if os.environ.get("MINICODFORMER_DEBUG"):
+            traceback.print_exc()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The run directory: one folder that holds everything a run made, and the lock that lets one process write to it.
+
+    runs/<name>/{recipe.toml, events.jsonl, summary.json, shards/, checkpoints/, final_model/}
+
+`recipe.toml` is the resolved recipe. A section of it may change until a stage that depends on it has begun; from then
+on another value is refused, naming the key, because what stands in the folder was made with the old one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.recipe import Recipe, load
+
+CACHE_SECTIONS = ("corpus", "teacher", "cache")
+STUDENT_SECTIONS = ("student", "distill", "objective")
+# What may differ between two starts of one training run without changing what it trains.
+_FREE_KEYS = frozenset({"distill.checkpoint_every", "distill.keep_checkpoints"})
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of one run and the few files that more than one verb writes."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def shards(self) -> Path:
+        return self.path / "shards"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final_model(self) -> Path:
+        return self.path / "final_model"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @contextmanager
+    def lock(self, verb: str) -> Iterator[None]:
+        """Hold the run for one writing process. Raises PipelineError naming the holder if there is one.
+
+        The lock is the kernel's: a killed process lets go of it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise PipelineError(
+                    f"{self.path} is in use by {holder}",
+                    hint="wait for it, stop it, or give this run another name with NAME=… (--name …)",
+                ) from None
+            handle.truncate(0)
+            handle.write(f"`{verb}`, process {os.getpid()}")
+            handle.flush()
+            yield
+
+    def recipe(self) -> Recipe:
+        """The recipe this run was made with."""
+        if not self.recipe_file.is_file():
+            raise PipelineError(
+                f"{self.path} is not a run: no recipe.toml in it", hint="see `cli.py runs` or `ls runs`"
+            )
+        return load(str(self.recipe_file))
+
+    def adopt(self, recipe: Recipe) -> Recipe:
+        """Make `recipe` this run's recipe as far as stages that have begun allow, and return what holds from now on.
+
+        Raises PipelineError naming the first key that differs from what a begun stage was started with.
+        """
+        if self.recipe_file.is_file():
+            standing = self.recipe()
+            for sections, begun in self._begun():
+                if begun:
+                    _require_equal(standing, recipe, sections, self.path)
+            recipe = replace(recipe, name=standing.name)
+        _write_atomically(self.recipe_file, recipe.to_toml())
+        return recipe
+
+    def _begun(self) -> tuple[tuple[tuple[str, ...], bool], ...]:
+        return (
+            (CACHE_SECTIONS, (self.shards / "contract.json").exists()),
+            (STUDENT_SECTIONS, self.checkpoints.exists() or self.final_model.exists()),
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What the stages have reported so far, by stage."""
+        if not self.summary_file.is_file():
+            return {}
+        facts: dict[str, Any] = json.loads(self.summary_file.read_text(encoding="utf-8"))
+        return facts
+
+    def report(self, stage: str, facts: Mapping[str, Any]) -> None:
+        """Put a stage's closing facts into summary.json."""
+        merged = {**self.summary(), stage: dict(facts)}
+        _write_atomically(self.summary_file, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+
+
+def _require_equal(standing: Recipe, asked: Recipe, sections: tuple[str, ...], where: Path) -> None:
+    ours, theirs = standing.values(sections), asked.values(sections)
+    for key, value in ours.items():
+        if key not in _FREE_KEYS and theirs[key] != value:
+            raise PipelineError(
+                f"{where} was begun with {key} = {value!r}, not {theirs[key]!r}",
+                hint="give the new settings a run of their own with NAME=… (--name …), or delete the folder",
+            )
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)

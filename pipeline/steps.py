@@ -1,0 +1,154 @@
+"""The steps of a run: what each needs, which stage it calls, what it reports. One function a verb."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import launch
+from pipeline.assets import corpus_file, teacher_folder
+from pipeline.errors import PipelineError, UsageError
+from pipeline.recipe import Recipe
+from pipeline.run import RunFolder
+from pipeline.sinks import listening
+from stages.events import Note
+
+if TYPE_CHECKING:
+    from shards.reader import ShardSet
+    from stages.corpus.prepare import PrepareReport
+    from stages.inference.generate import Generation, Student
+    from stages.inference.settings import GenerationSettings
+
+PROCESSED = Path("data/processed")
+
+
+def prepare(recipe: Recipe, run: RunFolder) -> PrepareReport:
+    """Tokenise the recipe's corpus with its teacher's tokenizer into data/processed."""
+    from stages.corpus.prepare import prepare as prepare_corpus
+
+    if not recipe.corpus.source:
+        raise UsageError("no data given", hint="name your JSONL: make prepare DATA=rows.jsonl (--data rows.jsonl)")
+    with run.lock("prepare"), listening(run.events) as emit:
+        recipe = run.adopt(recipe)
+        source = corpus_file(recipe.corpus.source, emit)
+        tokenizer = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)
+        return prepare_corpus(
+            settings=recipe.corpus, source=source, tokenizer_folder=tokenizer, out=PROCESSED, emit=emit
+        )
+
+
+def teacher_cache(recipe: Recipe, run: RunFolder) -> Mapping[str, Any]:
+    """Stage one: run the teacher over data/processed into the run's shards; what is there already is kept."""
+    from shards.manifest import is_sealed
+    from stages.corpus.store import read_corpus
+    from stages.teacher_cache.cache import fill_cache
+
+    with run.lock("teacher-cache"), listening(run.events) as emit:
+        recipe = run.adopt(recipe)
+        corpus = read_corpus(PROCESSED)
+        teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)
+        fresh = not is_sealed(run.shards)
+        start = time.monotonic()
+        manifest = fill_cache(
+            corpus=corpus,
+            teacher=recipe.teacher,
+            cache=recipe.cache,
+            teacher_folder=teacher,
+            folder=run.shards,
+            emit=emit,
+        )
+        if fresh:
+            run.report("teacher_cache", {**manifest.totals(), "seconds": round(time.monotonic() - start, 1)})
+        return dict(run.summary()["teacher_cache"])
+
+
+def distill(recipe: Recipe, run: RunFolder, *, shards: Path | None, gpus: int | None) -> Mapping[str, Any]:
+    """Stage two: train the student on `gpus` ranks; resumes where an earlier start of this run stopped."""
+    here = launch.machine()
+    count = launch.default_ranks(here) if gpus is None else gpus
+    launch.check_ranks(count, here, recipe.distill.global_batch)
+    shards = (shards or run.shards).resolve()
+    if not shards.is_dir():
+        raise PipelineError(f"no shards in {shards}", hint="run make teacher-cache first, or name a set with SHARDS=…")
+    with run.lock("distill"):
+        run.adopt(recipe)
+        launch.run_ranks(run, shards, count, here)
+    return dict(run.summary()["distill"])
+
+
+def evaluate(run: RunFolder, *, shards: Path | None) -> Mapping[str, Any]:
+    """The validation report: the student against the teacher's cached distributions, and its answers to a few prompts.
+
+    Nothing is computed again for the same model, shards and generation settings.
+    """
+    from shards.reader import ShardSet
+    from stages.distill.evaluate import evaluate_model
+    from stages.inference.generate import Student
+
+    _require_model(run)
+    settings = run.recipe().generation
+    with run.lock("evaluate"), listening(run.events) as emit:
+        shard_set = ShardSet(shards or run.shards)
+        made_from = {
+            "model_sha256": hashlib.sha256((run.final_model / "model.safetensors").read_bytes()).hexdigest(),
+            "corpus_fingerprint": shard_set.contract.corpus_fingerprint,
+            "generation": dataclasses.asdict(settings),
+        }
+        standing = run.summary().get("evaluate", {})
+        if standing.get("made_from") == made_from:
+            emit(Note(stage="evaluate", text="the report of this model is up to date"))
+            return dict(standing)
+        report = evaluate_model(run.final_model, shard_set, emit=emit)
+        samples = _answer_validation_prompts(Student.load(run.final_model), shard_set, settings)
+        facts = {"validation": dataclasses.asdict(report), "samples": samples, "made_from": made_from}
+        run.report("evaluate", facts)
+    return facts
+
+
+def _answer_validation_prompts(
+    student: Student, shard_set: ShardSet, settings: GenerationSettings
+) -> list[dict[str, str]]:
+    split = shard_set.split("dev")
+    records = [split[index] for index in range(min(settings.prompts, len(split)))]
+    answers = student.generate_from_ids(
+        [record.prompt_ids_P.tolist() for record in records],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
+    )
+    return [
+        {
+            "prompt": student.decode(record.prompt_ids_P.tolist()),
+            "answer": answer.text,
+            "label": student.decode(record.response_ids_R.tolist()),
+        }
+        for record, answer in zip(records, answers, strict=True)
+    ]
+
+
+def generate(run: RunFolder, prompts: Sequence[str], **sampling: Any) -> list[Generation]:
+    """Answer prompts with the run's student."""
+    from stages.inference.generate import Student
+
+    _require_model(run)
+    return Student.load(run.final_model).generate(prompts, **sampling)
+
+
+def newest_run(root: Path = Path("runs")) -> RunFolder:
+    """The run with a finished model that was written to last."""
+    models = sorted(root.glob("*/final_model"), key=lambda path: path.stat().st_mtime)
+    if not models:
+        raise PipelineError(f"no finished run under {root.resolve()}", hint="run make demo, or name a run with --name")
+    return RunFolder(models[-1].parent)
+
+
+def _require_model(run: RunFolder) -> None:
+    if not run.final_model.is_dir():
+        raise PipelineError(
+            f"{run.path} has no final model yet", hint="run make distill first; it resumes where it stopped"
+        )
