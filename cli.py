@@ -23,6 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -51,7 +52,10 @@ def demo(
     name: Annotated[str, typer.Option("--name", help="The run: runs/NAME.")] = "smollm2-demo",
     gpus: GpusOption = None,
 ) -> None:
-    """The whole path on a real teacher, in minutes and without a GPU; run again, it redoes nothing."""
+    """The whole path on a real teacher, in minutes.
+
+    Fetches, prepares, caches, distils, evaluates and answers, without a GPU. Run again, it redoes nothing.
+    """
     from pipeline.demo import run_demo
 
     _print(run_demo(name, gpus))
@@ -61,7 +65,7 @@ def demo(
 def prepare(
     recipe: RecipeOption = None, name: NameOption = None, data: DataOption = None, overrides: SetOption = None
 ) -> None:
-    """Turn JSONL rows into tokenised samples in data/processed."""
+    """JSONL rows to tokenised samples in data/."""
     from pipeline import steps
 
     chosen, run = _choose(recipe, name, data, overrides)
@@ -72,7 +76,10 @@ def prepare(
 def teacher_cache(
     recipe: RecipeOption = None, name: NameOption = None, data: DataOption = None, overrides: SetOption = None
 ) -> None:
-    """Stage one: run the teacher once over the samples and write the shards."""
+    """Stage one: the teacher, once, into shards.
+
+    Stopped and started again, it goes on with the shards that are not there yet.
+    """
     from pipeline import steps
     from pipeline.summary import cache_lines
 
@@ -89,7 +96,10 @@ def distill(
     gpus: GpusOption = None,
     shards: ShardsOption = None,
 ) -> None:
-    """Stage two: train the student from the shards; resumes where it stopped."""
+    """Stage two: the student, out of the shards.
+
+    Stopped and started again, it resumes from its newest whole checkpoint.
+    """
     from pipeline import steps
     from pipeline.summary import distill_lines
 
@@ -99,7 +109,10 @@ def distill(
 
 @app.command()
 def evaluate(name: RunOption = None, shards: ShardsOption = None) -> None:
-    """Hold the finished student against the teacher's cached validation split."""
+    """Compare the student with its teacher.
+
+    On the validation split that stage one cached: KL, cross-entropy, agreement, and answers to a few prompts.
+    """
     from pipeline import steps
     from pipeline.summary import evaluation_lines
 
@@ -132,7 +145,10 @@ def inspect_shard(
     record: Annotated[int | None, typer.Option("--record", min=0, help="Decode this record too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a shard holds: contract, sizes by part, coverage, and one decoded record."""
+    """Show what a shard holds.
+
+    Its contract, sizes by part and coverage; with --record, one decoded record.
+    """
     from pipeline.inspection import inspect
 
     _print(inspect(path, record=record, as_json=as_json))
@@ -140,7 +156,7 @@ def inspect_shard(
 
 @app.command("verify-shards")
 def verify_shards(path: Annotated[Path, typer.Argument(help="The folder of a shard set.")]) -> None:
-    """Check every byte of a shard set against its checksums."""
+    """Check every byte of a shard set."""
     from pipeline.inspection import verify
 
     _print(verify(path))
@@ -148,7 +164,7 @@ def verify_shards(path: Annotated[Path, typer.Argument(help="The folder of a sha
 
 @app.command()
 def doctor() -> None:
-    """Check that this machine has what the stages need."""
+    """Check what this machine has."""
     from pipeline.doctor import examine
 
     healthy = True

@@ -1,7 +1,7 @@
 """Set up this checkout: `python3 requirements/install.py`. Standard library only; needs Python 3.9 or newer to run.
 
 Creates .venv with Python 3.11, installs the hashed requirements for what the machine has (CUDA or CPU), installs the
-project itself, and builds the DeepSpeed ops that training needs. A second run finds everything in place.
+project itself. No DeepSpeed op is compiled: training uses none. A second run finds everything in place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,17 @@ def main() -> None:
         _run("create .venv with Python 3.11", [*uv, "venv", "--quiet", "--python", "3.11", str(VENV)])
     _run(
         f"install {_count(requirements)} locked packages for {target}",
-        [*uv, "pip", "install", "--quiet", "--python", str(PYTHON), "--require-hashes", "--no-deps"]
+        [
+            *uv,
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            str(PYTHON),
+            "--require-hashes",
+            "--no-deps",
+            "--compile-bytecode",
+        ]
         + (["--torch-backend", "cpu"] if target == "cpu" and not wheel_folders() else [])
         + [word for folder in wheel_folders() for word in ("--find-links", folder)]
         + ["--requirements", str(requirements)],

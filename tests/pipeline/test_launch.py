@@ -1,0 +1,33 @@
+"""Rank counts: the possible ones pass, the others are refused with the counts that can work."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import UsageError
+from pipeline.launch import Machine, check_ranks, default_ranks
+
+
+@given(count=st.integers(-2, 200), gpus=st.integers(0, 16), batch=st.integers(1, 96))
+def test_a_count_passes_exactly_when_every_rank_gets_a_device_and_an_equal_share(
+    count: int, gpus: int, batch: int
+) -> None:
+    here = Machine(gpus=gpus, cores=2)
+    possible = count >= 1 and batch % count == 0 and (gpus == 0 or count <= gpus)
+    if possible:
+        check_ranks(count, here, batch)
+        return
+    with pytest.raises(UsageError) as caught:
+        check_ranks(count, here, batch)
+    offered = [int(word) for word in caught.value.hint.removeprefix("GPUS can be ").split(", ")]
+    assert offered
+    for other in offered:
+        check_ranks(other, here, batch)
+
+
+def test_the_default_uses_every_gpu_and_a_process_a_core_without() -> None:
+    assert default_ranks(Machine(gpus=3, cores=64)) == 3
+    assert default_ranks(Machine(gpus=0, cores=64)) == 2
+    assert default_ranks(Machine(gpus=0, cores=1)) == 1

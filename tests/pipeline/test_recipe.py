@@ -1,0 +1,89 @@
+"""Recipes: every key checked once, resolved recipes read back equal."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import UsageError
+from pipeline.recipe import SECTIONS, load, shipped
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_survive_being_written_and_read(name: str, tmp_path: Path) -> None:
+    recipe = load(name, ["corpus.source=rows.jsonl", "student.embedding_rank=128", "cache.attention_depths=[0.5]"])
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    again = load(str(tmp_path / "recipe.toml"))
+    assert again == recipe
+    assert again.fingerprint() == recipe.fingerprint()
+    assert recipe.cache.attention_depths == (0.5,)
+
+
+@given(rate=st.floats(1e-9, 1e3), source=st.text(st.characters(codec="utf-8", exclude_categories=("Cs",))))
+def test_any_value_survives_the_toml_file(rate: float, source: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = load("smollm2-demo")
+    recipe = dataclasses.replace(
+        base,
+        corpus=dataclasses.replace(base.corpus, source=source),
+        distill=dataclasses.replace(base.distill, learning_rate=rate),
+    )
+    path = tmp_path_factory.mktemp("recipe") / "smollm2-demo.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert load(str(path)) == recipe
+
+
+def test_the_fingerprint_sees_every_value() -> None:
+    base = load("smollm2-demo")
+    seen = {base.fingerprint()}
+    for override in ("distill.seed=1", "cache.k=8", "student.heads=2", "objective.ce_weight=0.2", "teacher.revision=x"):
+        seen.add(load("smollm2-demo", [override]).fingerprint())
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("distill.epoch=5", "distill.epoch"),
+        ("distil.epochs=5", "[distil]"),
+        ("distill.epochs=many", "distill.epochs"),
+        ("distill.epochs=0", "distill.epochs"),
+        ("distill.epochs=2.5", "distill.epochs"),
+        ("distill.pca_init=1", "distill.pca_init"),
+        ("cache.attention_depths=0.5", "cache.attention_depths"),
+        ("distill.offload_parameters=true", ""),
+        ("epochs=5", "epochs=5"),
+        ("distill.epochs", "distill.epochs"),
+    ],
+)
+def test_a_wrong_override_is_a_usage_error_that_names_the_key(override: str, named: str) -> None:
+    overrides = [override, "distill.zero_stage=2"] if "offload" in override else [override]
+    with pytest.raises(UsageError) as caught:
+        load("smollm2-demo", overrides)
+    assert named in str(caught.value)
+    assert caught.value.hint
+
+
+def test_unknown_keys_get_the_nearest_known_one() -> None:
+    with pytest.raises(UsageError) as caught:
+        load("smollm2-demo", ["distill.lerning_rate=1.0"])
+    assert "learning_rate" in caught.value.hint
+
+
+def test_a_missing_or_broken_recipe_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no recipe 'nowhere'"):
+        load("nowhere")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[distill\nepochs = 3")
+    with pytest.raises(UsageError, match=r"broken\.toml"):
+        load(str(broken))
+    broken.write_bytes(b"name = '\xff'")
+    with pytest.raises(UsageError, match=r"broken\.toml"):
+        load(str(broken))
+
+
+def test_every_section_of_a_recipe_can_be_set() -> None:
+    assert set(SECTIONS) == {"corpus", "teacher", "cache", "student", "distill", "objective", "generation"}
