@@ -1,0 +1,49 @@
+"""What a codec is, and the table of those that this reader knows.
+
+A codec turns a record's teacher signal into payload cells and back. Its name and version stand in the Contract. A
+version is never changed once shards exist: a better one is a new class with a new row in `CODECS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
+
+from shards.contract import Contract
+from shards.errors import UnknownVersion
+from shards.record import AttentionSummary, Record
+from shards.signal import Signal
+from shards.topk_planes import TopkPlanes1
+
+
+class Codec(Protocol):
+    """One version of the payload. Built for a contract, whose `codec` is its `name`."""
+
+    name: ClassVar[str]
+
+    def __init__(self, contract: Contract) -> None: ...
+
+    def encode_signals(self, records: Sequence[Record]) -> list[bytes]:
+        """One `signal` cell a record; the records are valid under the contract."""
+
+    def encode_attention(self, record: Record) -> bytes:
+        """The `attention` cell of a record that has a summary."""
+
+    def decode_signal(self, cell: bytes | memoryview, *, positions: int) -> Signal:
+        """The distributions of a cell with N = `positions`. Raises Corrupt."""
+
+    def decode_attention(self, cell: bytes | memoryview, *, positions: int, prompt_length: int) -> AttentionSummary:
+        """The summary of a cell with N = `positions`, P = `prompt_length`. Raises Corrupt."""
+
+
+CODECS: Mapping[str, type[Codec]] = {TopkPlanes1.name: TopkPlanes1}
+
+
+def codec_for(contract: Contract) -> Codec:
+    """The codec that the contract names. Raises UnknownVersion where there is none."""
+    if contract.codec not in CODECS:
+        raise UnknownVersion(
+            f"codec {contract.codec!r}, this reader knows {', '.join(CODECS)}",
+            hint="upgrade minicodformer, or write the shards again",
+        )
+    return CODECS[contract.codec](contract)

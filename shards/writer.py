@@ -1,0 +1,84 @@
+"""Records -> one shard, published whole or not at all.
+
+- The bytes are a pure function of (unit, split, contract, records) under one version of the libraries.
+- Every record is checked before the first byte is written: an exception never leaves a shard behind.
+- A shard that is there already is left as it is: the first writer of a unit wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from shards.codec import codec_for
+from shards.contract import Contract
+from shards.durable import LOCAL_DISK, Disk, publish
+from shards.framing import write_frame
+from shards.manifest import ShardInfo, require_name
+from shards.record import Record
+from shards.schema import MAX_ROWS, cell_check, cell_names, fixed_parts, schema_for
+from shards.validation import require_valid
+
+
+def write_shard(
+    folder: Path,
+    unit: str,
+    split: str,
+    contract: Contract,
+    records: Sequence[Record],
+    *,
+    disk: Disk = LOCAL_DISK,
+) -> ShardInfo:
+    """Publish folder/`unit`.arrow with one row a record, in order, and describe the shard that is there now.
+
+    Where another writer was first, its shard stays and is described, once it is known to be of the same contract.
+    Raises InvalidRecord, StorageFailed, ContractMismatch, or what reading a damaged earlier shard raises.
+    """
+    name = require_name(f"{unit}.arrow")
+    publish(folder, name, build_shard(unit, split, contract, records), disk=disk)
+    return ShardInfo.of(folder / name, contract=contract)
+
+
+def build_shard(unit: str, split: str, contract: Contract, records: Sequence[Record]) -> bytes:
+    """The bytes of a shard. Raises InvalidRecord before anything is encoded."""
+    if not 1 <= len(records) <= MAX_ROWS:
+        raise ValueError(f"a shard holds 1 to {MAX_ROWS} records, not {len(records)}")
+    for record in records:
+        require_valid(record, contract)
+    codec = codec_for(contract)
+    cells: dict[str, list[bytes]] = {
+        "prompt_ids": [record.prompt_ids_P.tobytes() for record in records],
+        "response_ids": [record.response_ids_R.tobytes() for record in records],
+        "signal": codec.encode_signals(records),
+    }
+    if contract.attention is not None:
+        cells["attention"] = [codec.encode_attention(record) for record in records]
+    names = cell_names(contract)
+    checks = [b"".join(cell_check(name, row, cells[name][row]) for name in names) for row in range(len(records))]
+    columns = {"sample_id": [record.sample_id for record in records], **_numbers(records), **cells, "checks": checks}
+    columns["prompt_ids"] = [record.prompt_ids_P for record in records]
+    columns["response_ids"] = [record.response_ids_R for record in records]
+
+    schema = schema_for(contract)
+    described = {b"contract": contract.to_json().encode(), b"unit": unit.encode(), b"split": split.encode()}
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    batch = pa.RecordBatch.from_arrays(arrays, schema=schema.with_metadata(described))
+    return write_frame(batch, fixed_parts(batch))
+
+
+def _numbers(records: Sequence[Record]) -> dict[str, object]:
+    """The plain columns of one number a record, statistics in the precision that the teacher gave."""
+    coverages = [np.exp(record.topk_logprobs_NK.astype(np.float64)).sum(axis=1) for record in records]
+    return {
+        "first_position": [record.first_position for record in records],
+        "positions": [record.positions for record in records],
+        "entries": [record.topk_ids_NK.size for record in records],
+        "prompt_length": [len(record.prompt_ids_P) for record in records],
+        "response_length": [len(record.response_ids_R) for record in records],
+        "mean_entropy": np.array([record.entropy_N.mean(dtype=np.float64) for record in records], np.float32),
+        "mean_coverage": np.array([coverage_N.mean() for coverage_N in coverages], np.float32),
+        "min_coverage": np.array([coverage_N.min() for coverage_N in coverages], np.float32),
+    }
