@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -26,3 +27,7 @@ class CorpusSettings:
         for name in ("train_size", "val_size", "max_prompt_tokens", "max_response_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"corpus.{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"corpus.seed must be a whole number from 0, not {self.seed}")
+        if self.min_score is not None and not math.isfinite(self.min_score):
+            raise ValueError(f"corpus.min_score must be finite, not {self.min_score}")
