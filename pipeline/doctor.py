@@ -40,7 +40,7 @@ def examine() -> Iterator[Row]:
     yield Row(
         name="memory",
         ok=memory.total >= _NEEDED_MEMORY_GIB * _GIB,
-        fact=f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free; the demo needs {_NEEDED_MEMORY_GIB}",
+        fact=f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB; the demo needs {_NEEDED_MEMORY_GIB}",
     )
     free = shutil.disk_usage(Path.cwd()).free
     yield Row(

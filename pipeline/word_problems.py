@@ -1,0 +1,64 @@
+"""The demo's text: grade-school word problems with their working, made by the reasoning-gym package.
+
+Rows have the fields of a distilled-reasoning data set. The working loses its last line, which repeats the answer; each
+row's score is the package's own verdict on the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+from stages.events import Emit, Progress
+
+ROWS = 1_400
+SEED = 0
+_SPARE = 200  # drawn beyond ROWS, because the generator repeats itself now and then
+_REPORT_EVERY = 100
+
+
+def write_word_problems(path: Path, emit: Emit) -> None:
+    """Write ROWS distinct problems as JSONL; every call writes the same bytes. Raises PipelineError."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, line in enumerate(islice(_lines(), ROWS), start=1):
+            file.write(line)
+            if number % _REPORT_EVERY == 0:
+                emit(Progress(stage="word problems", done=number, total=ROWS, unit="rows"))
+
+
+def _lines() -> Iterator[str]:
+    # The package seeds Python's global generator, and one that it uses does not compile without warnings.
+    state = random.getstate()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import reasoning_gym
+
+            problems = reasoning_gym.create_dataset("gsm_symbolic", size=ROWS + _SPARE, seed=SEED)
+    except ImportError as error:
+        raise PipelineError(
+            f"the demo's text needs a package that is not installed: {error}",
+            hint="install the demo's extra (make setup does), or name your own rows with corpus.source",
+        ) from error
+    finally:
+        random.setstate(state)
+    asked = set()
+    for problem in problems:
+        question, answer = problem["question"], problem["answer"]
+        if question in asked:
+            continue
+        asked.add(question)
+        working, _, _ = problem["metadata"]["answer_cot"].rpartition("\n#### ")
+        row = {
+            "input": question,
+            "reasoning_content": working,
+            "content": answer,
+            "repo_name": "reasoning-gym/gsm_symbolic",
+            "score": problems.score_answer(answer, problem),
+        }
+        yield json.dumps(row, ensure_ascii=False) + "\n"
