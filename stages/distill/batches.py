@@ -1,7 +1,7 @@
 """Records into tensors: right padding, masks from lengths, losses only at positions that the teacher predicted.
 
-Decoder row i reads the start token (i = 0) or response token i-1, and is trained on response token i. `rows_N` picks, from
-the flattened [B * T] decoder rows, those that the N rows of the teacher belong to; padding is never among them.
+Decoder row i reads the start token (i = 0) or response token i-1, and is trained on response token i. `rows_N` picks,
+from the flattened [B * T] decoder rows, those that the N rows of the teacher belong to; padding is never among them.
 """
 
 from __future__ import annotations
@@ -107,30 +107,36 @@ def _attention(summaries: Sequence[AttentionSummary | None]) -> TeacherAttention
     )
 
 
-class Prefetcher(Generic[Plan, Made]):
+class Prefetcher(Iterator[Made], Generic[Plan, Made]):
     """Makes what is planned on threads, a bounded number ahead, and hands it out in the planned order.
 
     An exception of `make` reaches the one who iterates, at the item it belongs to.
     """
 
-    def __init__(self, make: Callable[[Plan], Made], plans: Iterable[Plan], *, threads: int = 2, ahead: int = 4):
-        self._make = make
-        self._plans = iter(plans)
-        self._threads = threads
-        self._ahead = ahead
+    def __init__(
+        self, make: Callable[[Plan], Made], plans: Iterable[Plan], *, threads: int = 2, ahead: int = 4
+    ) -> None:
         self.waited = 0.0
         """Seconds for which the consumer stood still."""
+        self._make = make
+        self._plans = iter(plans)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batch-reader")
+        self._coming: deque[Future[Made]] = deque()
+        self._order(ahead)
 
-    def __iter__(self) -> Iterator[Made]:
-        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="batch-reader")
-        waiting: deque[Future[Made]] = deque()
-        try:
-            waiting.extend(pool.submit(self._make, plan) for plan in islice(self._plans, self._ahead))
-            while waiting:
-                start = time.perf_counter()
-                made = waiting.popleft().result()
-                self.waited += time.perf_counter() - start
-                waiting.extend(pool.submit(self._make, plan) for plan in islice(self._plans, 1))
-                yield made
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def __next__(self) -> Made:
+        if not self._coming:
+            self.close()
+            raise StopIteration
+        start = time.perf_counter()
+        made = self._coming.popleft().result()
+        self.waited += time.perf_counter() - start
+        self._order(1)
+        return made
+
+    def close(self) -> None:
+        """Let go of the threads; what they have begun is finished and dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _order(self, count: int) -> None:
+        self._coming.extend(self._pool.submit(self._make, plan) for plan in islice(self._plans, count))

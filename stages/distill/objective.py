@@ -31,7 +31,7 @@ LOSSES: Mapping[str, RowLoss] = {
 }
 """What `objective.kd` can name."""
 
-SUMS = ("kd", "ce", "kl", "attention", "top1_agreement", "top5_agreement", "positions")
+SUMS = ("kd", "ce", "kl", "attention", "top1", "top5", "positions")
 """What `LossTerms.sums` holds, each summed over positions; `kl` is tail_bucket_kl, whatever `kd` is."""
 
 

@@ -1,0 +1,95 @@
+"""How close a student is to its teacher's cached distributions, over every predicted position of a split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shards.reader import ShardSet, Split
+from stages.distill.batches import Batch, Prefetcher, assemble
+from stages.distill.objective import SUMS, DistillModule, LossTerms
+from stages.distill.order import Indices, sharded_pass
+from stages.distill.settings import ObjectiveSettings
+from stages.events import Emit, Progress, silent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """Means over positions; losses in nats."""
+
+    positions: int
+    kl: float
+    """KL(teacher || student) over the kept ids and one bucket for the rest: a lower bound of the whole KL."""
+    cross_entropy: float
+    """Of the records' own tokens."""
+    perplexity: float
+    """exp(cross_entropy)."""
+    top1_agreement: float
+    """How often the student's most probable token is the teacher's."""
+    top5_agreement: float
+    """How often the teacher's most probable token is among the student's five."""
+
+
+def evaluate(
+    forward: Callable[[Batch], LossTerms],
+    split: Split,
+    *,
+    start_token_id: int,
+    micro_batch: int,
+    rank: int = 0,
+    world: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    emit: Emit = silent,
+) -> EvaluationReport:
+    """Measure `forward` on a split, each rank on its part; `total` adds up what the ranks found.
+
+    Sums and counts are added, never means: the report is the same for every world size, up to rounding.
+    """
+    lengths = split.prompt_lengths.astype("int64") + split.response_lengths
+    parts = sharded_pass(lengths, micro_batch, rank, world)
+
+    def load(part: Indices) -> Batch:
+        chosen = part if part.size else [0]  # all ranks run the model equally often: see sharded_pass
+        return assemble([split[int(index)] for index in chosen], start_token_id)
+
+    sums = torch.zeros(len(SUMS), dtype=torch.float64)
+    for done, (part, batch) in enumerate(zip(parts, Prefetcher(load, parts), strict=True), 1):
+        found = forward(batch).sums.to(sums.device)
+        if part.size:
+            sums += found
+        emit(Progress(stage="evaluate", done=done, total=len(parts), unit="batches"))
+    found = dict(zip(SUMS, total(sums).tolist(), strict=True))
+    positions = found.pop("positions")
+    mean = {name: value / positions for name, value in found.items()}
+    return EvaluationReport(
+        positions=int(positions),
+        kl=mean["kl"],
+        cross_entropy=mean["ce"],
+        perplexity=math.exp(min(mean["ce"], 700.0)),
+        top1_agreement=mean["top1"],
+        top5_agreement=mean["top5"],
+    )
+
+
+def evaluate_model(
+    model_folder: Path, shards: ShardSet, *, split: str = "dev", micro_batch: int = 8, emit: Emit = silent
+) -> EvaluationReport:
+    """Measure a saved student in this process, without DeepSpeed."""
+    from stages.student.model import MiniCodformerForConditionalGeneration
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = MiniCodformerForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
+    module = DistillModule(student, ObjectiveSettings()).eval().to(device)
+    with torch.no_grad():
+        return evaluate(
+            lambda batch: module(batch.to(device)),
+            shards.split(split),
+            start_token_id=shards.contract.start_token_id,
+            micro_batch=micro_batch,
+            emit=emit,
+        )

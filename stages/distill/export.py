@@ -1,0 +1,61 @@
+"""The finished model: a folder that transformers loads, tokenizer included. It appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shards.reader import ShardSet
+from stages.student.model import MiniCodformerForConditionalGeneration
+
+HEAD_PCA = "head_pca.safetensors"
+FACTS = "training.json"
+
+
+def export_model(
+    folder: Path,
+    student: MiniCodformerForConditionalGeneration,
+    weights: Mapping[str, Tensor],
+    shards: ShardSet,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write `student` with `weights`, by parameter name, next to the teacher's tokenizer and `facts` on its training.
+
+    Raises Corrupt where a tokenizer file is not the one that the shards were sealed with.
+    """
+    for name, parameter in student.named_parameters():
+        parameter.data.copy_(weights[name])
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    student.save_pretrained(temporary)
+    for name in shards.manifest.teacher_files:
+        if name != HEAD_PCA:
+            shards.verify_teacher_file(name)
+            shutil.copyfile(shards.teacher_folder / name, temporary / name)
+    (temporary / FACTS).write_text(json.dumps(dict(facts), indent=1) + "\n", encoding="utf-8")
+    for path in (*temporary.iterdir(), temporary):
+        _flush(path)
+    os.replace(temporary, folder)  # noqa: PTH105
+    _flush(folder.parent)
+
+
+def exported_facts(folder: Path) -> dict[str, Any] | None:
+    """What `export_model` was told, if it has finished."""
+    if not folder.is_dir():
+        return None
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return facts
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

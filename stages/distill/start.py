@@ -1,0 +1,114 @@
+"""How a run begins, or goes on: plan, student, engine and the newest checkpoint, put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from shards.reader import ShardSet, Split
+from stages.distill.checkpoint import CheckpointFolder, Milestone
+from stages.distill.engine import Engine
+from stages.distill.export import HEAD_PCA
+from stages.distill.objective import DistillModule
+from stages.distill.order import Share, TrainingOrder, share_of_rank
+from stages.distill.settings import DistillSettings, ObjectiveSettings
+from stages.distill.world import World
+from stages.errors import StageError
+from stages.events import Emit, Note
+from stages.student.model import MiniCodformerForConditionalGeneration, build_student
+from stages.student.shape import StudentShape
+
+STAGE = "distill"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """All that the loop works with."""
+
+    world: World
+    train: Split
+    dev: Split | None
+    start_token_id: int
+    order: TrainingOrder
+    share: Share
+    engine: Engine
+    done: Milestone
+    """Where the run stood when it was last saved."""
+
+
+def begin(
+    shards: ShardSet,
+    settings: DistillSettings,
+    objective: ObjectiveSettings,
+    shape: StudentShape,
+    *,
+    precision: str,
+    world: World,
+    checkpoints: CheckpointFolder,
+    emit: Emit,
+) -> Training:
+    """Raises StageError where the settings do not fit the shards or the ranks, or a checkpoint is of another run."""
+    train = shards.split("train")
+    try:
+        order = TrainingOrder(
+            lengths=train.prompt_lengths.astype("int64") + train.response_lengths,
+            seed=settings.seed,
+            global_batch=settings.global_batch,
+            epochs=settings.epochs,
+        )
+        share = share_of_rank(settings.global_batch, settings.micro_batch, world.size)
+        student = fresh_student(shards, settings, shape)
+        module = DistillModule(student, objective)
+    except ValueError as error:
+        raise StageError(str(error), hint="change the recipe, or the number of ranks") from error
+    resumed = checkpoints.newest(emit)
+    done = resumed[0] if resumed else Milestone(step=0, positions=0, seconds=0.0, validation_kl=None)
+    if not world.same_everywhere(done.step):
+        raise StageError(
+            f"ranks found different checkpoints; rank {world.rank} found step {done.step}",
+            hint="all ranks must see the same run directory",
+        )
+    if resumed:
+        emit(Note(stage=STAGE, text=f"going on after step {done.step} of {order.steps}"))
+        for name, parameter in student.named_parameters():
+            parameter.data.copy_(resumed[1].weights[name])
+    elif settings.pca_init:
+        _start_from_pca(student, shards, emit)
+    engine = Engine(module, settings, precision=precision, share=share, world=world)
+    if resumed:
+        engine.load(resumed[1])
+    return Training(
+        world=world,
+        train=train,
+        dev=shards.split("dev") if "dev" in shards.splits else None,
+        start_token_id=shards.contract.start_token_id,
+        order=order,
+        share=share,
+        engine=engine,
+        done=done,
+    )
+
+
+def fresh_student(
+    shards: ShardSet, settings: DistillSettings, shape: StudentShape
+) -> MiniCodformerForConditionalGeneration:
+    """The student before its first step, the same in every rank. Raises ValueError for a shape that cannot be."""
+    contract = shards.contract
+    return build_student(
+        shape,
+        vocab_size=contract.vocab_size,
+        start_token_id=contract.start_token_id,
+        end_token_id=contract.end_token_id,
+        seed=settings.seed,
+    )
+
+
+def _start_from_pca(student: MiniCodformerForConditionalGeneration, shards: ShardSet, emit: Emit) -> None:
+    if HEAD_PCA not in shards.manifest.teacher_files:
+        emit(Note(stage=STAGE, text="the shards carry no components of the teacher's head: a random embedding it is"))
+        return
+    shards.verify_teacher_file(HEAD_PCA)
+    path: Path = shards.teacher_folder / HEAD_PCA
+    student.init_embedding_from_pca(load_file(path)["components"])

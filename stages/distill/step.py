@@ -1,0 +1,103 @@
+"""One training step: a global batch, micro-batch by micro-batch, up to the update of the weights.
+
+The objective is a mean over the positions of the global batch. Their number is known from the plan, so it is divided out
+before any gradient is taken, and neither ranks nor micro-batches show in the result but for rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.distill.batches import Batch, Prefetcher
+from stages.distill.engine import Engine
+from stages.distill.objective import SUMS
+from stages.distill.order import Indices
+from stages.distill.world import World
+from stages.errors import StageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    step: int
+    """0-based."""
+    micro_batches: Indices
+    """Record numbers, [accumulation, ranks, micro-batch]."""
+    positions: int
+    """Predicted positions of the whole global batch."""
+    attention_factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What every rank knows after a step."""
+
+    means: dict[str, float]
+    """Each term of SUMS, as a mean over the positions of the global batch."""
+    positions: int
+    grad_norm: float
+    """Before clipping."""
+    data_wait: float
+    """Seconds that a rank stood waiting for records, mean over ranks."""
+    seconds: float
+    stop: bool
+    """Some rank was asked to stop."""
+
+
+def take_step(
+    plan: StepPlan,
+    engine: Engine,
+    batches: Prefetcher[Indices, Batch],
+    world: World,
+    *,
+    stop: Callable[[], bool],
+    sample_ids: Callable[[Indices], list[str]],
+) -> StepReport:
+    """Train on one global batch; a collective operation.
+
+    Raises StageError naming step and records where a loss or the gradient is not finite. A loss is found out before the
+    weights change; the caller must not save anything after either.
+    """
+    start, waited = time.perf_counter(), batches.waited
+    sums = torch.zeros(*plan.micro_batches.shape[:2], len(SUMS), dtype=torch.float64)
+    for turn in range(sums.shape[0]):
+        if turn:
+            engine.step()  # between micro-batches it counts, and no more
+        terms = engine.forward(next(batches), scale=world.size / plan.positions, attention_factor=plan.attention_factor)
+        engine.backward(terms.objective)
+        sums[turn, world.rank] = terms.sums.to(sums.device)
+    asides = torch.tensor([batches.waited - waited, float(stop())], dtype=torch.float64)
+    together = world.total(torch.cat([sums.flatten(), asides]))
+    sums = together[:-2].view_as(sums)
+    _require_finite(sums, plan, sample_ids)
+    grad_norm = engine.step()
+    if not (engine.may_overflow or torch.tensor(grad_norm).isfinite()):
+        raise _diverged(f"the gradient of step {plan.step} is not finite", sample_ids(plan.micro_batches.ravel()))
+    means = (sums.sum((0, 1)) / plan.positions).tolist()
+    return StepReport(
+        means=dict(zip(SUMS, means, strict=True)),
+        positions=plan.positions,
+        grad_norm=grad_norm,
+        data_wait=float(together[-2]) / world.size,
+        seconds=time.perf_counter() - start,
+        stop=bool(together[-1] > 0),
+    )
+
+
+def _require_finite(sums: Tensor, plan: StepPlan, sample_ids: Callable[[Indices], list[str]]) -> None:
+    broken = ~sums.isfinite().all(2)
+    if broken.any():
+        records = plan.micro_batches[broken.numpy()].ravel()
+        raise _diverged(f"the loss of step {plan.step} is not finite", sample_ids(records))
+
+
+def _diverged(what: str, records: list[str]) -> StageError:
+    shown = ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
+    return StageError(
+        f"{what}, among records {shown}",
+        hint="the last checkpoint is untouched; lower distill.learning_rate, or look at these records",
+    )

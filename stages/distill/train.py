@@ -1,0 +1,242 @@
+"""Stage two: shards -> student, under DeepSpeed, without the teacher. Called in every rank; rank 0 speaks for all.
+
+- A run that was stopped, however, goes on from its newest whole checkpoint as if it had not been; a finished one does
+  nothing.
+- A step's records, its loss and its gradient do not depend on ranks, micro-batches or ZeRO stage, but for rounding.
+- A loss that is not finite ends the run before the step that would have used it, and overwrites nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.reader import ShardSet
+from stages.distill.batches import Batch, Prefetcher, assemble
+from stages.distill.checkpoint import CheckpointFolder, Milestone
+from stages.distill.evaluate import EvaluationReport, evaluate
+from stages.distill.export import export_model, exported_facts
+from stages.distill.identity import identity_of
+from stages.distill.interruption import StopRequest
+from stages.distill.optimizer import set_rates
+from stages.distill.order import Indices
+from stages.distill.precision import resolve_precision
+from stages.distill.schedules import attention_factor, learning_rate_factor
+from stages.distill.settings import DistillSettings, ObjectiveSettings
+from stages.distill.start import STAGE, Training, begin, fresh_student
+from stages.distill.step import StepPlan, StepReport, take_step
+from stages.distill.world import joined_world
+from stages.events import Emit, Metric, Note, Progress, silent
+from stages.student.shape import StudentShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    finished: bool
+    """False where the run was asked to stop; running it again goes on."""
+    steps: int
+    """Steps done."""
+    positions: int
+    """Positions trained on, every epoch counted."""
+    seconds: float
+    """Spent in training steps, over all starts of the run."""
+    ranks: int
+    precision: str
+    validation: EvaluationReport | None
+    """Of the finished model; None before, and where the shards have no dev split."""
+
+
+def train(
+    *,
+    shards: Path,
+    run: Path,
+    settings: DistillSettings,
+    objective: ObjectiveSettings,
+    shape: StudentShape,
+    emit: Emit = silent,
+) -> TrainResult:
+    """Train, from the start or the newest checkpoint, to the last step, and write run/final_model.
+
+    Raises StageError for a run that cannot begin or go on, ShardError for shards that cannot be read.
+    """
+    shard_set, final_model = ShardSet(shards), run / "final_model"
+    with joined_world() as world, StopRequest() as stop:
+        emit = emit if world.rank == 0 else silent
+        precision, reason = resolve_precision(settings.precision, world.device)
+        identity = identity_of(shard_set, settings, objective, shape, precision)
+        checkpoints = CheckpointFolder(path=run / "checkpoints", identity=identity)
+        if facts := exported_facts(final_model):
+            checkpoints.require_same_identity(final_model, facts["identity"])
+            emit(Note(stage=STAGE, text=f"{final_model} is finished already"))
+            return _result(facts["result"])
+        emit(Note(stage=STAGE, text=f"ranks: {world.size} on {world.device.type}; {precision}: {reason}"))
+        for warning in _warnings(shard_set, objective):
+            emit(Note(stage=STAGE, text=warning, level="warning"))
+        training = begin(
+            shard_set,
+            settings,
+            objective,
+            shape,
+            precision=precision,
+            world=world,
+            checkpoints=checkpoints,
+            emit=emit,
+        )
+        with closing(training.engine):
+            loop = _Loop(training, settings, objective, checkpoints, stop, emit)
+            done, report = loop.run()
+            result = TrainResult(
+                finished=done.step == training.order.steps,
+                steps=done.step,
+                positions=done.positions,
+                seconds=round(done.seconds, 2),
+                ranks=world.size,
+                precision=precision,
+                validation=report,
+            )
+            state = training.engine.state() if result.finished else None
+        if state and world.rank == 0:
+            facts = {"identity": identity, "result": dataclasses.asdict(result)}
+            export_model(final_model, fresh_student(shard_set, settings, shape), state.weights, shard_set, facts)
+            emit(Note(stage=STAGE, text=f"the student is in {final_model}"))
+        world.barrier()
+        return result
+
+
+class _Loop:
+    def __init__(
+        self,
+        training: Training,
+        settings: DistillSettings,
+        objective: ObjectiveSettings,
+        checkpoints: CheckpointFolder,
+        stop: StopRequest,
+        emit: Emit,
+    ) -> None:
+        self._training = training
+        self._settings, self._objective = settings, objective
+        self._checkpoints, self._stop, self._emit = checkpoints, stop, emit
+        self._total = training.order.steps
+        self._done = training.done
+
+    def run(self) -> tuple[Milestone, EvaluationReport | None]:
+        """Step until the last step or a request to stop; the report is of the last step."""
+        report = self._validate() if self._done.step in (0, self._total) else None
+        with closing(Prefetcher(self._load, self._micro_batches())) as batches:
+            for step in range(self._done.step, self._total):
+                self._set_rates(step)
+                outcome = take_step(
+                    self._plan(step),
+                    self._training.engine,
+                    batches,
+                    self._training.world,
+                    stop=lambda: bool(self._stop),
+                    sample_ids=lambda records: [str(self._training.train.sample_ids[record]) for record in records],
+                )
+                report = self._finish_step(outcome)
+                if outcome.stop:
+                    break
+        return self._done, report if self._done.step == self._total else None
+
+    def _finish_step(self, outcome: StepReport) -> EvaluationReport | None:
+        """Tell, validate and save what is due after a step."""
+        step = self._done.step + 1
+        self._done = Milestone(
+            step=step,
+            positions=self._done.positions + outcome.positions,
+            seconds=self._done.seconds + outcome.seconds,
+            validation_kl=None,
+        )
+        self._tell(outcome)
+        last = step == self._total
+        report = self._validate() if last or step % self._settings.validate_every == 0 else None
+        if report:
+            self._done = dataclasses.replace(self._done, validation_kl=report.kl)
+        if last or outcome.stop or step % self._settings.checkpoint_every == 0:
+            self._save()
+        if outcome.stop and not last:
+            self._say(f"stopped after step {step} of {self._total}; run again to go on")
+        return report
+
+    def _plan(self, step: int) -> StepPlan:
+        training = self._training
+        micro_batches = training.order.micro_batches(step, training.share)
+        return StepPlan(
+            step=step,
+            micro_batches=micro_batches,
+            positions=int(training.train.positions[micro_batches].sum()),
+            attention_factor=attention_factor(step, self._total),
+        )
+
+    def _micro_batches(self) -> Iterator[Indices]:
+        """What this rank computes, from the first step to the last."""
+        order, share, rank = self._training.order, self._training.share, self._training.world.rank
+        for step in range(self._done.step, self._total):
+            yield from order.micro_batches(step, share)[:, rank]
+
+    def _load(self, records: Indices) -> Batch:
+        training = self._training
+        return assemble([training.train[int(record)] for record in records], training.start_token_id)
+
+    def _set_rates(self, step: int) -> None:
+        factor = learning_rate_factor(step, self._total, warmup=self._settings.warmup, final=self._settings.final_rate)
+        set_rates(self._training.engine.groups, factor)
+
+    def _tell(self, outcome: StepReport) -> None:
+        means, objective = outcome.means, self._objective
+        attention_weight = objective.attention_weight * attention_factor(self._done.step - 1, self._total)
+        values = {
+            "loss": objective.kd_weight * means["kd"]
+            + objective.ce_weight * means["ce"]
+            + attention_weight * means["attention"],
+            **{name: means[name] for name in ("kd", "ce", "kl", "attention", "top1", "top5")},
+            "lr": max(group["lr"] for group in self._training.engine.groups),
+            "grad_norm": outcome.grad_norm,
+            "tokens_per_s": outcome.positions / outcome.seconds,
+            "data_wait": outcome.data_wait / outcome.seconds,
+        }
+        self._emit(Metric(stage=STAGE, step=self._done.step, values=values))
+        self._emit(Progress(stage=STAGE, done=self._done.step, total=self._total, unit="steps"))
+
+    def _validate(self) -> EvaluationReport | None:
+        training, world = self._training, self._training.world
+        if training.dev is None:
+            return None
+        with training.engine.evaluating():
+            report = evaluate(
+                training.engine.forward,
+                training.dev,
+                start_token_id=training.start_token_id,
+                micro_batch=training.share.micro_batch,
+                rank=world.rank,
+                world=world.size,
+                total=world.total,
+            )
+        values = {f"val_{name}": value for name, value in dataclasses.asdict(report).items() if name != "positions"}
+        self._emit(Metric(stage=STAGE, step=self._done.step, values=values))
+        return report
+
+    def _save(self) -> None:
+        state = self._training.engine.state()
+        if self._training.world.rank == 0:
+            self._checkpoints.save(self._done, state, keep=self._settings.keep_checkpoints)
+        self._training.world.barrier()
+
+    def _say(self, text: str) -> None:
+        self._emit(Note(stage=STAGE, text=text))
+
+
+def _warnings(shards: ShardSet, objective: ObjectiveSettings) -> Iterator[str]:
+    if objective.attention_weight > 0 and shards.contract.attention is None:
+        yield "the shards carry no attention: that term is left out"
+    if "dev" not in shards.splits:
+        yield "the shards have no dev split: nothing is validated"
+
+
+def _result(facts: dict[str, Any]) -> TrainResult:
+    validation = facts["validation"]
+    return TrainResult(**{**facts, "validation": EvaluationReport(**validation) if validation else None})

@@ -1,0 +1,164 @@
+"""A small shard set made by a random but consistent teacher, a small student, and one process group for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.numpy import save_file
+
+from shards.contract import AttentionSpec, Contract
+from shards.manifest import begin, seal
+from shards.record import AttentionSummary, Record
+from shards.writer import write_shard
+from stages.distill.settings import DistillSettings, ObjectiveSettings
+from stages.student.shape import StudentShape
+
+VOCAB, K, TOP_M, LAYERS = 211, 8, 4, 2
+START, END = 0, 1
+
+MakeShards = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+def make_contract(**changes: object) -> Contract:
+    fields: dict[str, object] = {
+        "codec": "topk-planes/1",
+        "teacher": "tiny",
+        "teacher_fingerprint": "a" * 64,
+        "tokenizer_fingerprint": "b" * 64,
+        "vocab_size": VOCAB,
+        "start_token_id": START,
+        "end_token_id": END,
+        "selection": "topk",
+        "k": K,
+        "attention": AttentionSpec(layers=(3, 7), top_m=TOP_M),
+        "corpus_fingerprint": "c" * 64,
+        "engine": "none 0",
+        "dtype": "float32+float32",
+    }
+    return Contract(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def make_record(index: int, seed: int, *, attention: bool = True) -> Record:
+    """The teacher is a bigram: its distribution depends on the token before, so that there is something to learn."""
+    rng = np.random.default_rng([seed, index])
+    table = np.random.default_rng(7).normal(size=(VOCAB, VOCAB)) * 2.5
+    prompt = rng.integers(2, VOCAB, rng.integers(1, 9)).astype(np.int32)
+    length = int(rng.integers(1, 12))
+    response = np.empty(length, np.int32)
+    logp = np.empty((length, VOCAB))
+    before = int(prompt[-1])
+    for position in range(length):
+        logits = table[before]
+        logp[position] = logits - np.log(np.exp(logits).sum())
+        before = int(np.argmax(logits + rng.gumbel(size=VOCAB)))
+        response[position] = END if position == length - 1 else before
+    ids = np.argsort(-logp, axis=1, kind="stable")[:, :K].astype(np.int32)
+    kept = np.take_along_axis(logp, ids, 1)
+    rest = np.exp(logp).sum(1) - np.exp(kept).sum(1)
+    return Record(
+        sample_id=f"sample-{seed}-{index:04d}",
+        prompt_ids_P=prompt,
+        response_ids_R=response,
+        first_position=0,
+        topk_ids_NK=ids,
+        topk_logprobs_NK=kept.astype(np.float32),
+        log_tail_N=np.log(rest).astype(np.float32),
+        entropy_N=(-(np.exp(logp) * logp).sum(1)).astype(np.float32),
+        attention=make_attention(rng, prompt.size, length) if attention else None,
+    )
+
+
+def make_attention(rng: np.random.Generator, prompt: int, rows: int) -> AttentionSummary:
+    raw = rng.dirichlet(np.full(prompt + 1, 0.7), size=(LAYERS, rows))  # the last column is the response's own share
+    keys = raw[..., 1:prompt]
+    kept = min(TOP_M, prompt - 1)
+    order = np.argsort(-keys, axis=-1, kind="stable")[..., :kept]
+    positions = np.full((LAYERS, rows, TOP_M), -1, np.int32)
+    weights = np.zeros((LAYERS, rows, TOP_M), np.float32)
+    positions[..., :kept] = order + 1
+    weights[..., :kept] = np.take_along_axis(keys, order, -1)
+    return AttentionSummary(
+        positions_LNM=positions,
+        weights_LNM=weights,
+        sink_LN=raw[..., 0].astype(np.float32),
+        prompt_LN=keys.sum(-1).astype(np.float32),
+        entropy_LN=(-(raw * np.log(raw + 1e-30)).sum(-1)).astype(np.float32),
+    )
+
+
+@pytest.fixture(scope="session")
+def record() -> Callable[..., Record]:
+    return make_record
+
+
+@pytest.fixture(scope="session")
+def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
+    """Write a sealed shard set; `changes` are fields of the contract."""
+
+    def make(records: int = 40, dev: int = 10, seed: int = 0, **changes: object) -> Path:
+        folder = tmp_path_factory.mktemp("shards")
+        contract = make_contract(**changes)
+        begin(folder, contract)
+        teacher = folder / "teacher"
+        teacher.mkdir()
+        (teacher / "tokenizer.json").write_text("{}", encoding="utf-8")
+        components = np.random.default_rng(1).normal(size=(VOCAB, 16)).astype(np.float16)
+        save_file({"components": components}, teacher / "head_pca.safetensors")
+        with_attention = contract.attention is not None
+        infos = []
+        for split, first, count in (("train", 0, records), ("dev", records, dev)):
+            for start in range(0, count, 16):
+                chosen = range(first + start, first + min(start + 16, count))
+                rows = [make_record(index, seed, attention=with_attention) for index in chosen]
+                infos.append(write_shard(folder, f"{split}-{start:03d}", split, contract, rows))
+        seal(folder, contract, infos)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shards(make_shards: MakeShards) -> Path:
+    return make_shards()
+
+
+@pytest.fixture(scope="session")
+def shape() -> StudentShape:
+    return StudentShape(
+        hidden_size=16, encoder_layers=2, decoder_layers=2, heads=2, intermediate_size=24, ncp_sparsity=0.5
+    )
+
+
+@pytest.fixture(scope="session")
+def settings() -> DistillSettings:
+    return DistillSettings(
+        epochs=3,
+        global_batch=12,
+        micro_batch=4,
+        learning_rate=3e-3,
+        precision="fp32",
+        checkpoint_every=3,
+        validate_every=5,
+    )
+
+
+@pytest.fixture(scope="session")
+def objective() -> ObjectiveSettings:
+    return ObjectiveSettings()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_process_world() -> Iterator[None]:
+    """DeepSpeed remembers the first process group it saw, so all tests of this process share one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
