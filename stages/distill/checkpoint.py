@@ -2,7 +2,7 @@
 
     checkpoints/step-00000040/{state.safetensors, manifest.json}
 
-- Rank 0 writes, and flushes to disk, the tensors, then publishes the manifest by one rename; until then there is nothing.
+- Rank 0 writes the tensors and flushes them to disk, then publishes the manifest by one rename: only then it counts.
 - A manifest carries the sha256 of the tensors and of itself. What does not match is passed over, and that is said.
 - It also carries the identity of the run: shards, tokenizer, recipe, precision. Another identity is refused by name.
 - No pickle. Whole tensors know no ranks: any world size, ZeRO stage or micro-batch goes on from them.
@@ -15,7 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,16 +121,8 @@ class CheckpointFolder:
         )
 
     def _remove_old(self, keep: int) -> None:
-        standing = {}
-        for folder in self._folders():
-            try:
-                standing[folder] = _read_manifest(folder)["milestone"]["validation_kl"]
-            except _DamagedError:
-                standing[folder] = None
-        measured = {folder: kl for folder, kl in standing.items() if kl is not None}
-        kept = set(list(standing)[-keep:]) | (
-            {min(measured, key=lambda folder: measured[folder])} if measured else set()
-        )
+        folders = self._folders()
+        kept = {*folders[-keep:], *_best(folders)}
         for folder in self.path.iterdir():
             if _NAME.fullmatch(folder.name) and folder not in kept:
                 (folder / _MANIFEST).unlink(missing_ok=True)
@@ -144,6 +137,17 @@ class CheckpointFolder:
                     f"{folder} was made with {name} = {theirs.get(name)!r}; now it is {ours.get(name)!r}",
                     hint="use another run directory, or the shards and settings that this one was started with",
                 )
+
+
+def _best(folders: Iterable[Path]) -> list[Path]:
+    """The checkpoint with the lowest validation KL, if any was measured."""
+    measured = []
+    for folder in folders:
+        with suppress(_DamagedError):
+            kl = _read_manifest(folder)["milestone"]["validation_kl"]
+            if kl is not None:
+                measured.append((kl, folder))
+    return [min(measured)[1]] if measured else []
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 - ZeRO 0-3, offload of optimiser states and parameters, bf16 / fp16 / fp32, clipping and accumulation by configuration.
 - Nothing is compiled at run time: the shared-memory collectives, which only inference uses, are switched off, and
   offloaded states are stepped by torch's own fused AdamW.
-- State is exchanged as whole fp32 tensors by parameter name: weights, both moments, the step count. It does not know ranks
-  or ZeRO stages, so it can be loaded under any of them; at the same ones it is bit for bit what was saved.
+- State is exchanged as whole fp32 tensors by parameter name: weights, both moments, the step count. It knows no ranks
+  and no ZeRO stage, so it can be loaded under any of them; at the same ones it is bit for bit what was saved.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ class Engine:
             whole = safe_get_full_optimizer_state(parameter, key)
         return whole.detach().to("cpu", torch.float32, copy=True).view(_shape(parameter))
 
-    def _scatter(self, parameter: nn.Parameter, whole: Tensor, key: str | None) -> None:
+    def _scatter(self, parameter: Any, whole: Tensor, key: str | None) -> None:
         from deepspeed import utils
 
         whole = whole.to(self._world.device)
@@ -175,8 +176,9 @@ class Engine:
         narrow, wide = (getattr(self._optimizer, name, None) for name in ("fp16_groups", "fp32_groups"))
         if narrow is None or wide is None:
             return parameter
-        pairs = zip(sum(map(list, narrow), []), sum(map(list, wide), []), strict=True)
-        return next(master for own, master in pairs if own is parameter)
+        pairs = zip(chain.from_iterable(narrow), chain.from_iterable(wide), strict=True)
+        master: Tensor = next(master for own, master in pairs if own is parameter)
+        return master
 
     def _flat_weights(self) -> list[Tensor]:
         for name in _FLAT_WEIGHTS:

@@ -13,7 +13,7 @@ from torch import Tensor
 from shards.reader import ShardSet, Split
 from stages.distill.batches import Batch, Prefetcher, assemble
 from stages.distill.objective import SUMS, DistillModule, LossTerms
-from stages.distill.order import Indices, sharded_pass
+from stages.distill.order import Indices, record_lengths, sharded_pass
 from stages.distill.settings import ObjectiveSettings
 from stages.events import Emit, Progress, silent
 
@@ -50,8 +50,7 @@ def evaluate(
 
     Sums and counts are added, never means: the report is the same for every world size, up to rounding.
     """
-    lengths = split.prompt_lengths.astype("int64") + split.response_lengths
-    parts = sharded_pass(lengths, micro_batch, rank, world)
+    parts = sharded_pass(record_lengths(split), micro_batch, rank, world)
 
     def load(part: Indices) -> Batch:
         chosen = part if part.size else [0]  # all ranks run the model equally often: see sharded_pass
@@ -63,9 +62,9 @@ def evaluate(
         if part.size:
             sums += found
         emit(Progress(stage="evaluate", done=done, total=len(parts), unit="batches"))
-    found = dict(zip(SUMS, total(sums).tolist(), strict=True))
-    positions = found.pop("positions")
-    mean = {name: value / positions for name, value in found.items()}
+    totals = dict(zip(SUMS, total(sums).tolist(), strict=True))
+    positions = totals.pop("positions")
+    mean = {name: value / positions for name, value in totals.items()}
     return EvaluationReport(
         positions=int(positions),
         kl=mean["kl"],

@@ -1,4 +1,4 @@
-"""What must be the same for a stopped run to go on: shards, tokenizer, recipe, precision. As flat names and JSON values."""
+"""What must be the same for a stopped run to go on: shards, tokenizer, recipe, precision, by flat names."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""AdamW with a rate for every depth: later layers learn fastest, the embedding by its own share, the liquid constants slowest.
+"""AdamW with a rate for every depth: the last layer learns fastest, the embedding by its own share.
 
     layer l of L    learning_rate * layer_decay ** (L - 1 - l)
     embedding       learning_rate * embedding_rate
     liquid          0.3 of its layer's rate
 
-Weight decay acts on matrices and the embedding only. torch's own AdamW is used on GPUs, on CPUs and for offloaded states
-alike (its fused kernel covers both), so nothing is compiled at run time.
+Weight decay acts on matrices and the embedding only. torch's own AdamW serves GPUs, CPUs and offloaded states alike
+(its fused kernel covers both), so nothing is compiled at run time.
 """
 
 from __future__ import annotations

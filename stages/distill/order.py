@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.reader import Split
+
 Indices = NDArray[np.int64]
 
 
@@ -38,6 +40,11 @@ def share_of_rank(global_batch: int, micro_batch: int, world: int) -> Share:
     part = global_batch // world
     size = max(size for size in range(1, min(part, micro_batch) + 1) if part % size == 0)
     return Share(micro_batch=size, accumulation=part // size)
+
+
+def record_lengths(split: Split) -> Indices:
+    """Prompt and response of each record, in tokens."""
+    return split.prompt_lengths.astype(np.int64) + split.response_lengths.astype(np.int64)
 
 
 @lru_cache(maxsize=2)

@@ -12,7 +12,7 @@ from stages.distill.checkpoint import CheckpointFolder, Milestone
 from stages.distill.engine import Engine
 from stages.distill.export import HEAD_PCA
 from stages.distill.objective import DistillModule
-from stages.distill.order import Share, TrainingOrder, share_of_rank
+from stages.distill.order import Share, TrainingOrder, record_lengths, share_of_rank
 from stages.distill.settings import DistillSettings, ObjectiveSettings
 from stages.distill.world import World
 from stages.errors import StageError
@@ -53,7 +53,7 @@ def begin(
     train = shards.split("train")
     try:
         order = TrainingOrder(
-            lengths=train.prompt_lengths.astype("int64") + train.response_lengths,
+            lengths=record_lengths(train),
             seed=settings.seed,
             global_batch=settings.global_batch,
             epochs=settings.epochs,

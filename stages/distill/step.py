@@ -1,7 +1,7 @@
 """One training step: a global batch, micro-batch by micro-batch, up to the update of the weights.
 
-The objective is a mean over the positions of the global batch. Their number is known from the plan, so it is divided out
-before any gradient is taken, and neither ranks nor micro-batches show in the result but for rounding.
+The objective is a mean over the positions of the global batch. Their number is known from the plan, so it is divided
+out before any gradient is taken, and neither ranks nor micro-batches show in the result but for rounding.
 """
 
 from __future__ import annotations

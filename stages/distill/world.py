@@ -1,7 +1,7 @@
 """The ranks of a run: who am I, how many are we, and the few things we must agree on.
 
-The launcher's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) say it; without them a run is one process
-that opens no port.
+The launcher's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) say it; without them a run is one
+process that opens no port.
 """
 
 from __future__ import annotations
@@ -59,4 +59,5 @@ def _join(backend: str) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)

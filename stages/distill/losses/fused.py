@@ -1,12 +1,12 @@
 """Row losses straight from hidden rows and the output weight: at no time do more than one block's logits exist.
 
-For each block of rows, forward forms the logits once and takes from them the losses AND the gradients of hidden rows and
-weight: three matrix products in all, no fourth to recompute logits in backward, which only scales what is there already.
+For each block of rows, forward forms the logits once and takes from them the losses AND the gradients of hidden rows
+and weight: three matrix products in all, no fourth to recompute logits in backward, which only scales what is there.
 
-Why K + 2 numbers a row are enough: let r = log sum exp of the logits outside the kept ids. A row loss depends on the rest
-only through r, so dL/dz_v = dL/dr * softmax(z outside)_v there, dL/dz_k at a kept id, plus dL/dz_label at the label.
-Differentiating the loss with respect to (z_kept, r, z_label) is left to autograd, on tensors of width K + 2. Nothing is
-taken as 1 - sum(q): no cancellation however little is left outside.
+Why K + 2 numbers a row are enough: let r = log sum exp of the logits outside the kept ids. A row loss depends on the
+rest only through r, so dL/dz_v = dL/dr * softmax(z outside)_v there, dL/dz_k at a kept id, plus dL/dz_label at the
+label. Differentiating with respect to (z_kept, r, z_label) is left to autograd, on tensors of width K + 2. Nothing is
+taken as 1 - sum(q): no cancellation, however little is left outside.
 """
 
 from __future__ import annotations

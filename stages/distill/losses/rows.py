@@ -1,8 +1,8 @@
 """What a loss sees of one response row: the ids that the teacher kept, all other ids as one bucket, and the label.
 
-A row loss is a differentiable function of the student's log-probabilities of those buckets. Its gradient with respect to
-any number of logits follows from its gradient with respect to the K + 2 of them (see `fused`), so a new loss is one
-function here in `losses/` and one row in `stages.distill.objective.LOSSES`.
+A row loss is a differentiable function of the student's log-probabilities of those buckets. Its gradient with respect
+to all V logits follows from that with respect to K + 2 numbers (see `fused`), so a new loss is one function in
+`losses/` and one row in `stages.distill.objective.LOSSES`.
 """
 
 from __future__ import annotations
