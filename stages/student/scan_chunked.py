@@ -1,8 +1,12 @@
-"""The liquid recurrence in chunks: matrix products inside a chunk, one state update between chunks.
+"""The liquid recurrence in chunks: matrix products inside a chunk, one state update between chunks, O(T).
 
-O(T) time, stable in fp32 for every log decay in [-5, 0]: blocks below the diagonal use exponents <= 0 only, and a
-block on the diagonal is referenced to its middle, so that |exponent| <= 8 x 5. Shape suffixes, beside scan_naive's:
-    N chunks   C positions of a chunk   M blocks of a chunk   c positions of a block
+Everything in a chunk is told in the frame of its middle: a query grows by the decay from the middle to its position, a
+key by the decay from its position to the middle, and the state that comes in is carried to the middle. The frame
+cancels out of every result, so it needs no gradient, and with log decays in [-5, 0] no exponent leaves [-40, 40],
+which fp32 holds with room to spare. A chunk of 64 in one frame would overflow.
+
+Shape suffixes, beside scan_naive's:
+    N chunks   C positions of a chunk
 """
 
 from __future__ import annotations
@@ -12,63 +16,106 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK = 64
-BLOCK = 16
+CHUNK = 16
 
 
-class _CarryStates(torch.autograd.Function):
-    """S_(n+1) = decay_n * S_n + written_n, with a backward that keeps the states and nothing else."""
+def _into_chunks(tensor_BTHX: Tensor) -> Tensor:
+    """[B, T, H, X] to a view [N, B, H, C, X]."""
+    batch, steps, heads, width = tensor_BTHX.shape
+    return tensor_BTHX.reshape(batch, steps // CHUNK, CHUNK, heads, width).permute(1, 0, 3, 2, 4)
+
+
+def _out_of_chunks(tensor_NBHCX: Tensor) -> Tensor:
+    """[N, B, H, C, X] to [B, T, H, X]."""
+    return tensor_NBHCX.permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+
+def _add_product(sum_NBHXY: Tensor, left_NBHXZ: Tensor, right_NBHZY: Tensor) -> Tensor:
+    """`sum` += left @ right, in place."""
+    sum_NBHXY.flatten(0, 2).baddbmm_(left_NBHXZ.flatten(0, 2), right_NBHZY.flatten(0, 2))
+    return sum_NBHXY
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """The scan over whole chunks. `state[n]` is the state that enters chunk n, told at the chunk's middle:
+
+    state[n + 1] = carry[n] * (state[n] + key[n]^T value[n]),   carry[n] = decay from middle n to middle n + 1,
+
+    where the "middle" after the last chunk is its end, so that state[N] is the state that leaves the sequence.
+    """
 
     @staticmethod
-    def forward(ctx: Any, written_BHNEF: Tensor, decay_BHNE1: Tensor, state_BHEF: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the state before each chunk [B, H, N, E, F] and the state after the last."""
-        before_BHNEF = torch.empty_like(written_BHNEF)
-        for chunk in range(written_BHNEF.shape[2]):
-            before_BHNEF[:, :, chunk] = state_BHEF
-            state_BHEF = torch.addcmul(written_BHNEF[:, :, chunk], state_BHEF, decay_BHNE1[:, :, chunk])
-        ctx.save_for_backward(before_BHNEF, decay_BHNE1)
-        return before_BHNEF, state_BHEF
+    def forward(
+        ctx: Any, query_BTHE: Tensor, key_BTHE: Tensor, value_BTHF: Tensor, log_decay_BTHE: Tensor, state_BHEF: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        lower_CC = log_decay_BTHE.new_ones(CHUNK, CHUNK).tril_()
+        elapsed_NBHCE = lower_CC @ _into_chunks(log_decay_BTHE)
+        middle_NBH1E = elapsed_NBHCE[..., CHUNK // 2 - 1 : CHUNK // 2, :]
+        log_carry_NBH1E = elapsed_NBHCE[..., -1:, :] - middle_NBH1E
+        log_carry_NBH1E[:-1] += middle_NBH1E[1:]
+        carry_NBHE1 = log_carry_NBH1E.transpose(-1, -2).exp()
+        to_first_middle_BHE1 = middle_NBH1E[0].transpose(-1, -2).exp()
+
+        from_middle_NBHCE = (elapsed_NBHCE - middle_NBH1E).exp_()
+        query_NBHCE = _into_chunks(query_BTHE) * from_middle_NBHCE
+        key_NBHCE = _into_chunks(key_BTHE) / from_middle_NBHCE
+        value_NBHCF = _into_chunks(value_BTHF).contiguous()
+
+        chunks = elapsed_NBHCE.shape[0]
+        state_NBHEF = state_BHEF.new_empty(chunks + 1, *state_BHEF.shape)
+        torch.mul(state_BHEF, to_first_middle_BHE1, out=state_NBHEF[0])
+        torch.matmul(key_NBHCE.transpose(-1, -2), value_NBHCF, out=state_NBHEF[1:])
+        state_NBHEF[1:] *= carry_NBHE1
+        for chunk in range(chunks):
+            state_NBHEF[chunk + 1].addcmul_(state_NBHEF[chunk], carry_NBHE1[chunk])
+
+        weight_NBHCC = (query_NBHCE @ key_NBHCE.transpose(-1, -2)).tril_()
+        output_NBHCF = _add_product(weight_NBHCC @ value_NBHCF, query_NBHCE, state_NBHEF[:-1])
+        ctx.save_for_backward(
+            query_NBHCE,
+            key_NBHCE,
+            value_NBHCF,
+            from_middle_NBHCE,
+            weight_NBHCC,
+            state_NBHEF,
+            carry_NBHE1,
+            to_first_middle_BHE1,
+        )
+        return _out_of_chunks(output_NBHCF), state_NBHEF[-1].clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        before_grad_BHNEF, grad_BHEF = gradients
-        before_BHNEF, decay_BHNE1 = ctx.saved_tensors
-        written_grad_BHNEF = torch.empty_like(before_BHNEF)
-        for chunk in reversed(range(before_BHNEF.shape[2])):
-            written_grad_BHNEF[:, :, chunk] = grad_BHEF
-            grad_BHEF = torch.addcmul(before_grad_BHNEF[:, :, chunk], grad_BHEF, decay_BHNE1[:, :, chunk])
-        return written_grad_BHNEF, (written_grad_BHNEF * before_BHNEF).sum(-1, keepdim=True), grad_BHEF
+    @once_differentiable
+    def backward(ctx: Any, output_grad_BTHF: Tensor, last_grad_BHEF: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, from_middle, weight, state, carry, to_first_middle = ctx.saved_tensors
+        output_grad = _into_chunks(output_grad_BTHF).contiguous()
 
+        # Gradients of the entering states, last to first: what the chunk reads of it, and what it leaves of it.
+        state_grad = torch.empty_like(state)
+        torch.matmul(query.transpose(-1, -2), output_grad, out=state_grad[:-1])
+        state_grad[-1] = last_grad_BHEF
+        for chunk in reversed(range(carry.shape[0])):
+            state_grad[chunk].addcmul_(state_grad[chunk + 1], carry[chunk])
+        written_grad = state_grad[1:] * carry
 
-def _into_chunks(tensor_BTHX: Tensor, padding: int, chunk: int) -> Tensor:
-    """[B, T, H, X] to [B, H, N, C, X]. Zeros are appended: a step of no decay that writes nothing."""
-    padded_BTHX = F.pad(tensor_BTHX, (0, 0, 0, 0, 0, padding)) if padding else tensor_BTHX
-    return torch.unflatten(padded_BTHX, 1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()
+        weight_grad = (output_grad @ value.transpose(-1, -2)).tril_()
+        value_grad = _add_product(weight.transpose(-1, -2) @ output_grad, key, written_grad)
+        query_grad = _add_product(weight_grad @ key, output_grad, state[:-1].transpose(-1, -2))
+        key_grad = _add_product(weight_grad.transpose(-1, -2) @ query, value, written_grad.transpose(-1, -2))
 
-
-def _read_own_chunk(query_BHNCE: Tensor, key_BHNCE: Tensor, value_BHNCF: Tensor, elapsed_BHNCE: Tensor) -> Tensor:
-    """What each position reads of the writes in its own chunk; `elapsed` is the log decay since the chunk's start."""
-
-    def blocks(tensor_BHNCX: Tensor) -> Tensor:
-        return torch.unflatten(tensor_BHNCX, -2, (-1, BLOCK))
-
-    elapsed_BHNMcE = blocks(elapsed_BHNCE)
-    middle_BHNM1E = elapsed_BHNMcE[..., BLOCK // 2 - 1 : BLOCK // 2, :]
-    weight_BHNMcc = (blocks(query_BHNCE) * (elapsed_BHNMcE - middle_BHNM1E).exp()) @ (
-        blocks(key_BHNCE) * (middle_BHNM1E - elapsed_BHNMcE).exp()
-    ).transpose(-1, -2)
-    on_diagonal_BHNCF = (weight_BHNMcc.tril() @ blocks(value_BHNCF)).flatten(-3, -2)
-
-    parts = [on_diagonal_BHNCF[..., :BLOCK, :]]
-    for start in range(BLOCK, query_BHNCE.shape[-2], BLOCK):
-        block, earlier = slice(start, start + BLOCK), slice(0, start)
-        at_start_BHN1E = elapsed_BHNCE[..., start - 1 : start, :]
-        block_query_BHNcE = query_BHNCE[..., block, :] * (elapsed_BHNCE[..., block, :] - at_start_BHN1E).exp()
-        earlier_key_BHNCE = key_BHNCE[..., earlier, :] * (at_start_BHN1E - elapsed_BHNCE[..., earlier, :]).exp()
-        weight_BHNcC = block_query_BHNcE @ earlier_key_BHNCE.transpose(-1, -2)
-        parts.append(on_diagonal_BHNCF[..., block, :] + weight_BHNcC @ value_BHNCF[..., earlier, :])
-    return torch.cat(parts, -2)
+        # A log decay scales what later positions read and undoes earlier writes; it also scales what leaves the chunk.
+        elapsed_grad = (query * query_grad).addcmul_(key, key_grad, value=-1)
+        left_grad_NBH1E = (state_grad[1:] * state[1:]).sum(-1).unsqueeze(-2)
+        upper_CC = weight.new_ones(CHUNK, CHUNK).triu_()
+        log_decay_grad = (upper_CC @ elapsed_grad).add_(left_grad_NBH1E)
+        return (
+            _out_of_chunks(query_grad * from_middle),
+            _out_of_chunks(key_grad / from_middle),
+            _out_of_chunks(value_grad),
+            _out_of_chunks(log_decay_grad),
+            state_grad[0] * to_first_middle,
+        )
 
 
 def scan_chunked(
@@ -78,21 +125,14 @@ def scan_chunked(
     log_decay_BTHE: Tensor,
     state_BHEF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The function of `scan_naive`, with log decays that must lie in [-5, 0]."""
+    """The function of `scan_naive`, with log decays that must lie in [-5, 0]. Differentiable once.
+
+    A ragged end is filled with steps that neither decay nor write.
+    """
     batch, steps, heads, key_size = query_BTHE.shape
     if state_BHEF is None:
         state_BHEF = query_BTHE.new_zeros(batch, heads, key_size, value_BTHF.shape[-1])
-    chunk = min(CHUNK, -(-steps // BLOCK) * BLOCK)
-    padding = -steps % chunk
-    query_BHNCE, key_BHNCE, value_BHNCF, log_decay_BHNCE = (
-        _into_chunks(tensor, padding, chunk) for tensor in (query_BTHE, key_BTHE, value_BTHF, log_decay_BTHE)
-    )
-    elapsed_BHNCE = log_decay_BHNCE.cumsum(-2)
-    whole_BHN1E = elapsed_BHNCE[..., -1:, :]
-
-    written_BHNEF = (key_BHNCE * (whole_BHN1E - elapsed_BHNCE).exp()).transpose(-1, -2) @ value_BHNCF
-    before_BHNEF, state_BHEF = _CarryStates.apply(written_BHNEF, whole_BHN1E.exp().transpose(-1, -2), state_BHEF)
-
-    output_BHNCF = _read_own_chunk(query_BHNCE, key_BHNCE, value_BHNCF, elapsed_BHNCE)
-    output_BHNCF = output_BHNCF + (query_BHNCE * elapsed_BHNCE.exp()) @ before_BHNEF
-    return output_BHNCF.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :steps], state_BHEF
+    filled = (0, 0, 0, 0, 0, -steps % CHUNK)
+    sequences = (query_BTHE, key_BTHE, value_BTHF, log_decay_BTHE)
+    output_BTHF, state_BHEF = _ChunkedScan.apply(*(F.pad(tensor, filled) for tensor in sequences), state_BHEF)
+    return output_BTHF[:, :steps], state_BHEF
