@@ -1,0 +1,312 @@
+"""Synthetic records with full distributions behind them, and disks that fail, die or forget."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.contract import AttentionSpec, Contract
+from shards.durable import LocalDisk
+from shards.record import AttentionSummary, Record
+
+CONTRACT = Contract(
+    codec="topk-planes/1",
+    teacher="a teacher",
+    teacher_fingerprint="1" * 64,
+    tokenizer_fingerprint="2" * 64,
+    vocab_size=300,
+    start_token_id=0,
+    end_token_id=2,
+    selection="topk",
+    k=4,
+    attention=AttentionSpec(layers=(0, 3), top_m=3),
+    corpus_fingerprint="3" * 64,
+    engine="synthetic 1",
+    dtype="float32+float32",
+)
+
+
+def synthetic_record(contract: Contract, seed: int, *, prompt: int = 6, response: int = 5, first: int = 0) -> Record:
+    """What a teacher with random logits would say: sharp and flat positions, exact masses."""
+    rng = np.random.default_rng(seed)
+    positions = response - first
+    scale_N1 = rng.choice([0.3, 2.0, 8.0], (positions, 1))
+    logits_NV = rng.standard_normal((positions, contract.vocab_size)) * scale_N1
+    logprobs_NV = logits_NV - np.logaddexp.reduce(logits_NV, axis=1, keepdims=True)
+    order_NV = np.argsort(-logprobs_NV, axis=1, kind="stable")
+    falling_NV = np.take_along_axis(logprobs_NV, order_NV, 1)
+    with np.errstate(divide="ignore"):
+        log_tail_N = np.logaddexp.reduce(falling_NV[:, contract.k :], axis=1, initial=-np.inf)
+    return Record(
+        sample_id=f"sample-{seed}",
+        prompt_ids_P=rng.integers(0, contract.vocab_size, prompt, np.int32),
+        response_ids_R=rng.integers(0, contract.vocab_size, response, np.int32),
+        first_position=first,
+        topk_ids_NK=order_NV[:, : contract.k].astype(np.int32),
+        topk_logprobs_NK=falling_NV[:, : contract.k].astype(np.float32),
+        log_tail_N=log_tail_N.astype(np.float32),
+        entropy_N=-(np.exp(logprobs_NV) * logprobs_NV).sum(axis=1).astype(np.float32),
+        attention=_synthetic_attention(contract.attention, rng, positions, prompt),
+    )
+
+
+def _synthetic_attention(
+    spec: AttentionSpec | None, rng: np.random.Generator, positions: int, prompt: int
+) -> AttentionSummary | None:
+    if spec is None:
+        return None
+    rows_LNA = rng.dirichlet(np.full(prompt + 3, 0.3), (len(spec.layers), positions))
+    keys_LNP = rows_LNA[..., 1:prompt]
+    kept = min(spec.top_m, prompt - 1)
+    order_LNM = np.argsort(-keys_LNP, axis=-1, kind="stable")[..., :kept]
+    padding = ((0, 0), (0, 0), (0, spec.top_m - kept))
+    logs_LNA = np.log(np.maximum(rows_LNA, 1e-30))
+    return AttentionSummary(
+        positions_LNM=np.pad((order_LNM + 1).astype(np.int32), padding, constant_values=-1),
+        weights_LNM=np.pad(np.take_along_axis(keys_LNP, order_LNM, -1).astype(np.float32), padding),
+        sink_LN=rows_LNA[..., 0].astype(np.float32),
+        prompt_LN=keys_LNP.sum(axis=-1).astype(np.float32),
+        entropy_LN=-(rows_LNA * logs_LNA).sum(axis=-1).astype(np.float32),
+    )
+
+
+@pytest.fixture(scope="session")
+def contract() -> Contract:
+    return CONTRACT
+
+
+@pytest.fixture(scope="session")
+def make_record() -> Callable[..., Record]:
+    return synthetic_record
+
+
+@pytest.fixture(scope="session")
+def records() -> list[Record]:
+    """Three records of different lengths; one is a one-token response, one starts after its first token."""
+    return [
+        synthetic_record(CONTRACT, 0),
+        synthetic_record(CONTRACT, 1, prompt=2, response=1),
+        synthetic_record(CONTRACT, 2, prompt=9, response=7, first=2),
+    ]
+
+
+def require_same(left: Record, right: Record) -> None:
+    """Every field of two records is equal, to the bit."""
+    for field in dataclasses.fields(left):
+        a, b = getattr(left, field.name), getattr(right, field.name)
+        if isinstance(a, AttentionSummary):
+            for part in dataclasses.fields(a):
+                np.testing.assert_array_equal(getattr(a, part.name), getattr(b, part.name), strict=True)
+        elif isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b, strict=True)
+        else:
+            assert a == b, field.name
+
+
+@pytest.fixture(scope="session")
+def same() -> Callable[[Record, Record], None]:
+    return require_same
+
+
+class CountingDisk(LocalDisk):
+    """A local disk on which something happens just before the n-th operation, counted from 0."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at = at
+        self.operations = 0
+
+    def happen(self, operation: str) -> None:
+        """What happens; nothing by default."""
+
+    def _count(self, operation: str) -> None:
+        if self.operations == self.at:
+            self.operations += 1
+            self.happen(operation)
+            return
+        self.operations += 1
+
+    def mkdir(self, path: Path) -> None:
+        self._count("mkdir")
+        super().mkdir(path)
+
+    def create(self, path: Path) -> int:
+        self._count("create")
+        return super().create(path)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Three writes a file, so that a file can be caught half-written."""
+        self._count("write")
+        size = os.fstat(descriptor).st_size
+        return super().write(descriptor, data[: max(1, (size + len(data)) // 3)])
+
+    def fsync(self, descriptor: int) -> None:
+        self._count("fsync")
+        super().fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        self._count("close")
+        super().close(descriptor)
+
+    def link(self, source: Path, target: Path) -> None:
+        self._count("link")
+        super().link(source, target)
+
+    def unlink(self, path: Path) -> None:
+        self._count("unlink")
+        super().unlink(path)
+
+    def fsync_folder(self, path: Path) -> None:
+        self._count("fsync_folder")
+        super().fsync_folder(path)
+
+
+class DeadlyDisk(CountingDisk):
+    """The process is killed just before the n-th operation, as by a power switch on the process."""
+
+    def happen(self, operation: str) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FailingDisk(CountingDisk):
+    """The n-th operation fails with a system error; those after it work again."""
+
+    def __init__(self, at: int | None, error: int) -> None:
+        super().__init__(at)
+        self.error = error
+
+    def happen(self, operation: str) -> None:
+        raise OSError(self.error, os.strerror(self.error))
+
+
+class ForgetfulDisk(CountingDisk):
+    """A disk that after a power loss holds what was synced, and of the names that were not, any part.
+
+    Operations happen for real, so that readers see what a running system shows. Beside that a model is kept of what a
+    power loss would leave: of each file the content at its last fsync, of each folder the names at its last fsync.
+    `lie` makes the n-th sync return without having synced: the mutant that a test must catch.
+    """
+
+    class PowerLoss(BaseException):
+        """The machine stopped here."""
+
+    def __init__(self, root: Path, at: int | None = None, *, lie: int | None = None) -> None:
+        super().__init__(at)
+        self.root, self.lie, self.syncs, self.dead = root, lie, 0, False
+        self.synced: list[bytes] = []
+        """Content of each file, by its number, at its last fsync."""
+        self.descriptors: dict[int, tuple[int, Path]] = {}
+        self.live: dict[Path, int] = {}
+        self.names: dict[Path, int | None] = {}
+        """Durable names under the root, with the number of the file; None stands for a folder."""
+        self.pending: list[tuple[Path, int | None, bool]] = []
+        """Changes of names not yet synced: (path, file or None for a folder, whether it appears)."""
+
+    def happen(self, operation: str) -> None:
+        self.dead = True
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        raise self.PowerLoss
+
+    def _count(self, operation: str) -> None:
+        if self.dead:
+            raise self.PowerLoss
+        super()._count(operation)
+
+    def mkdir(self, path: Path) -> None:
+        super().mkdir(path)
+        self.pending.append((path, None, True))
+
+    def create(self, path: Path) -> int:
+        descriptor = super().create(path)
+        self.live[path] = len(self.synced)
+        self.synced.append(b"")
+        self.descriptors[descriptor] = (self.live[path], path)
+        self.pending.append((path, self.live[path], True))
+        return descriptor
+
+    def close(self, descriptor: int) -> None:
+        super().close(descriptor)
+        del self.descriptors[descriptor]
+
+    def fsync(self, descriptor: int) -> None:
+        super().fsync(descriptor)
+        file, path = self.descriptors[descriptor]
+        if self._truthful():
+            self.synced[file] = path.read_bytes()
+
+    def link(self, source: Path, target: Path) -> None:
+        super().link(source, target)
+        self.live[target] = self.live[source]
+        self.pending.append((target, self.live[source], True))
+
+    def unlink(self, path: Path) -> None:
+        super().unlink(path)
+        self.pending.append((path, self.live.pop(path), False))
+
+    def fsync_folder(self, path: Path) -> None:
+        super().fsync_folder(path)
+        if self._truthful():
+            for change in [change for change in self.pending if change[0].parent == path]:
+                self.pending.remove(change)
+                _apply(self.names, change)
+
+    def images(self) -> Iterator[dict[Path, bytes | None]]:
+        """Everything that a power loss now may leave under the root: content by path, None for a folder."""
+        for kept in itertools.product((False, True), repeat=len(self.pending)):
+            names = dict(self.names)
+            for change in itertools.compress(self.pending, kept):
+                _apply(names, change)
+            yield {
+                path: None if file is None else self.synced[file]
+                for path, file in names.items()
+                if all(
+                    self.root / parent in names for parent in path.relative_to(self.root).parents if parent != Path()
+                )
+            }
+
+    def _truthful(self) -> bool:
+        self.syncs += 1
+        return self.syncs - 1 != self.lie
+
+
+def _apply(names: dict[Path, int | None], change: tuple[Path, int | None, bool]) -> None:
+    path, inode, appears = change
+    if appears:
+        names[path] = inode
+    else:
+        names.pop(path, None)
+
+
+@pytest.fixture(scope="session")
+def disks() -> dict[str, type[CountingDisk]]:
+    return {"counting": CountingDisk, "deadly": DeadlyDisk, "failing": FailingDisk, "forgetful": ForgetfulDisk}
+
+
+@pytest.fixture(scope="session")
+def refusals() -> tuple[int, ...]:
+    return (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+
+
+@pytest.fixture(scope="session")
+def in_child() -> Callable[[Callable[[], None]], int]:
+    """Run a function in a forked process; return the signal that ended it, or 0."""
+
+    def run(function: Callable[[], None]) -> int:
+        child = os.fork()
+        if child == 0:
+            try:
+                function()
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+    return run
