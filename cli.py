@@ -67,9 +67,10 @@ def prepare(
 ) -> None:
     """JSONL rows to tokenised samples in data/."""
     from pipeline import steps
+    from pipeline.summary import prepare_lines
 
     chosen, run = _choose(recipe, name, data, overrides)
-    _print(steps.prepare(chosen, run).lines())
+    _print(prepare_lines(steps.prepare(chosen, run)))
 
 
 @app.command("teacher-cache")

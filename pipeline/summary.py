@@ -1,0 +1,97 @@
+"""The closing lines of each verb, made from the facts in summary.json and from nothing else."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.run import RunFolder
+
+if TYPE_CHECKING:
+    from stages.corpus.prepare import PrepareReport
+
+_WIDTH = 100
+_SHOWN_CHARACTERS = 480
+
+
+def prepare_lines(report: PrepareReport) -> list[str]:
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
+    lines = [
+        f"prepared   {report.train:,} train and {report.dev:,} validation samples of {report.rows:,} rows: "
+        f"{report.prompt_tokens:,} prompt and {report.response_tokens:,} response tokens"
+    ]
+    lines += [f"left out   {dropped}"] if dropped else []
+    lines += [f"cut        {report.cut:,} responses at the length limit"] if report.cut else []
+    lines += [f"rejected   {report.rejected:,} broken rows: data/processed/rejects.jsonl"] if report.rejected else []
+    return lines
+
+
+def cache_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
+    return [
+        f"shards     {facts['shards']} files, {facts['records']:,} records, {facts['positions']:,} positions, "
+        f"{facts['bytes'] / 1e6:.1f} MB: {facts['bytes'] / facts['positions']:.1f} bytes a position in all",
+        f"stage one  {facts['seconds']:.0f} s: {facts['positions'] / facts['seconds']:,.0f} response tokens/s, "
+        "loading the teacher included",
+        f"           {run.shards}",
+    ]
+
+
+def distill_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
+    lines = [
+        f"stage two  {facts['steps']:,} steps on {facts['ranks']} ranks in {facts['precision']}, "
+        f"{facts['positions']:,} positions in {facts['seconds']:.0f} s: "
+        f"{facts['positions'] / max(facts['seconds'], 1e-9):,.0f} tokens/s"
+    ]
+    if not facts["finished"]:
+        return [*lines, "stopped    run the same command again to go on"]
+    before, after = facts["validation_before"], facts["validation"]
+    if before and after:
+        lines.append(
+            f"validation KL to the teacher {before['kl']:.3f} -> {after['kl']:.3f} nats (its kept ids and the rest), "
+            f"top-1 agreement {before['top1_agreement']:.1%} -> {after['top1_agreement']:.1%}"
+        )
+    return [*lines, f"           {run.final_model}"]
+
+
+def evaluation_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
+    report = facts["validation"]
+    lines = [
+        f"positions       {report['positions']:,} of the validation split",
+        f"KL to teacher   {report['kl']:.4f} nats over its kept ids and one bucket for the rest (a lower bound)",
+        f"cross-entropy   {report['cross_entropy']:.4f} nats, perplexity {report['perplexity']:.2f}",
+        f"agreement       top-1 {report['top1_agreement']:.1%}, top-5 {report['top5_agreement']:.1%}",
+    ]
+    return lines + sample_lines(facts["samples"]) + ["", f"           {run.summary_file}"]
+
+
+def sample_lines(samples: list[Mapping[str, str]]) -> list[str]:
+    lines: list[str] = []
+    for sample in samples:
+        lines.append("")
+        for name in ("prompt", "answer", "label"):
+            lines += _block(name, sample[name])
+    return lines
+
+
+def demo_lines(run: RunFolder, seconds: float) -> list[str]:
+    """What the demo made, in one look."""
+    facts = run.summary()
+    made = (run.recipe_file, run.events, run.shards, run.checkpoints, run.final_model, run.summary_file)
+    return [
+        "",
+        "the demo's summary",
+        *cache_lines(facts["teacher_cache"], run)[:-1],
+        *distill_lines(facts["distill"], run)[:-1],
+        *sample_lines(facts["evaluate"]["samples"]),
+        "",
+        f"made       {'  '.join(str(path) for path in made)}",
+        f"time       {seconds:.0f} s for this call",
+        'next       .venv/bin/python cli.py generate "How many eggs are in three dozen?"',
+    ]
+
+
+def _block(name: str, text: str) -> list[str]:
+    shown = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
+    wrapped = [piece for line in shown.strip().splitlines() for piece in textwrap.wrap(line, _WIDTH) or [""]]
+    return [f"{name if first else '':<10} {line}" for first, line in ((i == 0, line) for i, line in enumerate(wrapped))]
