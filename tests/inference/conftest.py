@@ -1,0 +1,87 @@
+"""A small student that has learnt three answers by heart, in a folder like the one a run ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from stages.corpus.rows import Conversation, Message
+from stages.corpus.tokenizer import ChatTokenizer
+from stages.student.model import build_student
+from stages.student.shape import StudentShape
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ANSWERS = {
+    "count": "one two three four",
+    "how much is six times seven, please?": "It is 42. 答案是四十二 🎉!",
+    "讲": "从前有座山。",
+}
+
+
+@pytest.fixture(scope="session")
+def answers() -> dict[str, str]:
+    """What the student has learnt: prompt -> answer."""
+    return ANSWERS
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("student")
+    _save_tokenizer(folder)
+    tokenizer = ChatTokenizer.load(folder)
+    shape = StudentShape(hidden_size=32, heads=2, encoder_layers=1, decoder_layers=1, intermediate_size=48)
+    student = build_student(
+        shape,
+        vocab_size=tokenizer.vocab_size,
+        start_token_id=tokenizer.start_token_id,
+        end_token_id=tokenizer.end_token_id,
+        seed=0,
+    )
+    samples = []
+    for prompt, answer in ANSWERS.items():
+        row = Conversation(prompt=(Message(role="user", content=prompt),), reasoning="", answer=answer)
+        (pair,) = tokenizer.encode([row])
+        assert not isinstance(pair, Exception)
+        samples.append([torch.tensor(ids, dtype=torch.int64)[None] for ids in pair])
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    for _ in range(150):
+        losses = [student(input_ids=prompt, labels=response).loss for prompt, response in samples]
+        loss = torch.stack(losses).mean()
+        if loss < 0.01:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05, "the student has not learnt its answers"
+    student.save_pretrained(folder)
+    return folder
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """Bytes and little more, so that one character of Chinese is several tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["one two three four"] * 4, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
+        chat_template=TEMPLATE,
+    ).save_pretrained(str(folder))
