@@ -1,0 +1,146 @@
+"""vLLM as a teacher engine. vLLM is imported when the first capture starts it, after its environment is set."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stages.corpus.sample import Sample
+from stages.errors import StageError
+from stages.teacher_cache.engines.protocol import CaptureSpec
+from stages.teacher_cache.engines.vllm.plugin import capturing
+from stages.teacher_cache.settings import TeacherSettings
+from stages.teacher_cache.signals import TeacherSignal
+
+
+class VllmEngine:
+    """Captures through an in-process vLLM; tensor-parallel ranks, if any, are processes of their own."""
+
+    def __init__(self, folder: Path, teacher: TeacherSettings, spec: CaptureSpec) -> None:
+        self._folder, self._teacher, self._spec = folder, teacher, spec
+        self._llm: Any = None
+        self._captures = 0
+
+    @property
+    def identity(self) -> str:
+        return f"vllm {_installed_version()}"
+
+    @property
+    def dtype(self) -> str:
+        return f"{self._teacher.dtype}+{self._teacher.head_dtype}"
+
+    def capture(self, samples: Sequence[Sample]) -> Iterator[TeacherSignal]:
+        """See TeacherEngine. All samples are handed over at once, so that vLLM fills every step's token budget."""
+        for sample in samples:
+            self._require_fits(sample)
+        if self._llm is None:
+            self._llm = self._start()
+        from stages.teacher_cache.engines.vllm.wire import RowLayout
+
+        layout = RowLayout(self._spec)
+        names = [self._submit(sample) for sample in samples]
+        done: dict[str, TeacherSignal] = {}
+        try:
+            for name in names:
+                while name not in done:
+                    for output in self._llm.step():
+                        done[output.request_id] = layout.unpack(output.outputs.data)
+                yield done.pop(name)
+        finally:
+            self._llm.abort_request([name for name in names if name not in done])
+
+    def close(self) -> None:
+        if self._llm is not None:
+            self._llm.engine_core.shutdown()
+            self._llm = None
+
+    def _require_fits(self, sample: Sample) -> None:
+        length = len(sample.prompt_ids) + len(sample.response_ids) - 1
+        if length > self._teacher.max_model_len:
+            raise StageError(
+                f"sample {sample.sample_id} has {length} tokens, the teacher takes {self._teacher.max_model_len}",
+                hint="raise teacher.max_model_len, or lower corpus.max_prompt_tokens or corpus.max_response_tokens",
+            )
+
+    def _submit(self, sample: Sample) -> str:
+        """The last response token is not fed: its row would predict what comes after the response."""
+        from vllm import PoolingParams
+
+        from stages.teacher_cache.engines.vllm.pooler import PROMPT_LENGTH, TASK
+
+        self._captures += 1
+        name = str(self._captures)
+        tokens = [*sample.prompt_ids.tolist(), *sample.response_ids[:-1].tolist()]
+        params = PoolingParams(task=TASK, extra_kwargs={PROMPT_LENGTH: len(sample.prompt_ids)})
+        self._llm.add_request(name, {"prompt_token_ids": tokens}, params)
+        return name
+
+    def _start(self) -> Any:
+        config = json.loads((self._folder / "config.json").read_text())
+        architecture = capturing(config["architectures"][0])
+        _set_environment(self._teacher.tensor_parallel)
+        from vllm import EngineArgs, LLMEngine
+        from vllm.config import PoolerConfig
+
+        from stages.teacher_cache.engines.vllm.pooler import SPEC, TASK
+
+        arguments = EngineArgs(
+            model=str(self._folder),
+            runner="pooling",
+            pooler_config=PoolerConfig(task=TASK),
+            hf_overrides={"architectures": [architecture], "head_dtype": self._teacher.head_dtype},
+            additional_config={SPEC: asdict(self._spec)},
+            dtype=self._teacher.dtype,
+            max_model_len=self._teacher.max_model_len,
+            max_num_batched_tokens=self._teacher.max_batched_tokens,
+            tensor_parallel_size=self._teacher.tensor_parallel,
+            gpu_memory_utilization=self._teacher.gpu_memory_utilization,
+            enable_chunked_prefill=True,
+            # A row read from the prefix cache would never pass through the hooks; a compiled graph would skip them.
+            enable_prefix_caching=False,
+            enforce_eager=True,
+            load_format="safetensors",
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            seed=0,
+        )
+        try:
+            return LLMEngine.from_engine_args(arguments)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise StageError(
+                f"vLLM did not start: {error}",
+                hint="VLLM_LOGGING_LEVEL=INFO shows what it was doing",
+            ) from error
+
+
+def _set_environment(tensor_parallel: int) -> None:
+    """What vLLM reads when it is imported. Anything that the user has set stays."""
+    cpus = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cpus) // tensor_parallel)
+    binding = "|".join(",".join(map(str, cpus[i * share : (i + 1) * share])) for i in range(tensor_parallel))
+    defaults = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if tensor_parallel > 1:
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = binding
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _installed_version() -> str:
+    """vLLM's version without importing it; the package's name depends on the device that it was built for."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(package).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise StageError("vLLM is not installed", hint="install the extra [cpu] or [cuda] of this project")

@@ -1,0 +1,42 @@
+"""The corpus cut into units of work. One unit is one shard and one call of the engine.
+
+Pure: the plan depends on the sizes of the splits and of a unit, never on who works on it or how much is done already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stages.corpus.sample import Sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """Samples `start .. stop-1` of a split; the shard is named after it."""
+
+    name: str
+    split: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def of(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """This unit's part of its split's samples."""
+        return samples[self.start : self.stop]
+
+
+def plan_units(sizes: dict[str, int], records_per_shard: int) -> list[Unit]:
+    """The units of each split in turn: train-00000, train-00001, ..., each full but the last of its split."""
+    return [
+        Unit(
+            name=f"{split}-{index:05d}",
+            split=split,
+            start=start,
+            stop=min(start + records_per_shard, size),
+        )
+        for split, size in sizes.items()
+        for index, start in enumerate(range(0, size, records_per_shard))
+    ]

@@ -1,0 +1,129 @@
+"""The teacher's folder: what it is, and the part of it that travels with the shards.
+
+What reaches the student is published under `teacher/` in the shard set: the tokenizer's files as they are, the
+principal components of the head, and `teacher.json` with the facts of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from shards.durable import make_folder, publish
+from shards.manifest import TEACHER_FOLDER
+from stages.corpus.fingerprint import sha256_of, tokenizer_files
+from stages.errors import StageError
+
+PCA_FILE, PCA_TENSOR = "head_pca.safetensors", "components_VD"
+FACTS_FILE = "teacher.json"
+_HEAD_TENSORS = ("lm_head.weight", "model.embed_tokens.weight")
+"""Where the head may lie, best first: a tied head is saved as the embedding."""
+_PCA_ROWS = 8_192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherFacts:
+    """What config.json says that stage one needs."""
+
+    architecture: str
+    vocab_size: int
+    """Width of the logits; it may exceed the tokenizer's."""
+    layers: int
+    hidden_size: int
+    logits_scale: float
+    """What the head's product is multiplied with."""
+
+
+def read_facts(folder: Path) -> TeacherFacts:
+    """Facts of the model in a Hugging Face folder. Raises StageError where it holds none."""
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return TeacherFacts(
+            architecture=config["architectures"][0],
+            vocab_size=config["vocab_size"],
+            layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            logits_scale=float(config.get("logit_scale") or 1.0),
+        )
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise StageError(
+            f"{path} does not describe a language model: {error!r}",
+            hint="teacher.model must be a folder with config.json, safetensors and tokenizer files",
+        ) from error
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """sha256 over the names, sizes and contents of the weight files. Raises StageError where there are none."""
+    files = _weight_files(folder)
+    with ThreadPoolExecutor() as pool:
+        contents = list(pool.map(sha256_of, files))
+    digest = hashlib.sha256()
+    for path, content in zip(files, contents, strict=True):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0{content}\0".encode())
+    return digest.hexdigest()
+
+
+def publish_teacher(source: Path, shards: Path, pca_width: int) -> None:
+    """Publish folder/teacher durably. What is there already stays, so a resumed stage repeats nothing."""
+    target = shards / TEACHER_FOLDER
+    make_folder(target)
+    for path in tokenizer_files(source):
+        publish(target, path.name, path.read_bytes())
+    facts = json.dumps(asdict(read_facts(source)), indent=1, sort_keys=True)
+    publish(target, FACTS_FILE, f"{facts}\n".encode())
+    if not (target / PCA_FILE).exists():
+        publish(target, PCA_FILE, save({PCA_TENSOR: head_components(_head(source), pca_width).half()}))
+
+
+def head_components(head_VD: Tensor, width: int) -> Tensor:
+    """The rows of the head in its first `width` principal directions, fp32 [V, min(width, D)], by falling variance.
+
+    The directions' signs are fixed, so that one machine always gives the same bytes.
+    """
+    mean_D = head_VD.mean(dim=0, dtype=torch.float64)
+    covariance_DD = torch.zeros(head_VD.shape[1], head_VD.shape[1], dtype=torch.float64)
+    for rows in head_VD.split(_PCA_ROWS):
+        centred = rows.double() - mean_D
+        covariance_DD.addmm_(centred.t(), centred)
+    _, directions_DD = torch.linalg.eigh(covariance_DD)
+    directions_DW = directions_DD.flip(-1)[:, :width]
+    largest_W = directions_DW.gather(0, directions_DW.abs().argmax(dim=0, keepdim=True))
+    directions_DW = directions_DW * largest_W.sign()
+    return torch.cat([((rows.double() - mean_D) @ directions_DW).float() for rows in head_VD.split(_PCA_ROWS)])
+
+
+def _head(folder: Path) -> Tensor:
+    tensors = dict(_where(folder))
+    for name in _HEAD_TENSORS:
+        if name in tensors:
+            with safe_open(tensors[name], framework="pt") as file:
+                head: Tensor = file.get_tensor(name)
+                return head
+    raise StageError(f"{folder} has no output head", hint=f"its weights must hold one of {', '.join(_HEAD_TENSORS)}")
+
+
+def _where(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield from ((name, path) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise StageError(f"{path} cannot be read: {error}", hint="fetch the teacher again") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise StageError(f"{folder} holds no safetensors", hint="other weight formats are not read: convert them first")
+    return files
