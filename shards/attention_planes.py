@@ -59,10 +59,13 @@ def decode_attention(
     low_high = scalars.reshape(3, 2, layers, positions)
     sink_LN, prompt_LN, entropy_LN = (planes.join(list(pair)) for pair in low_high)
     shares_LNM = _shares(SHARE_LEVELS - (keys_LNM >> 24), all_kept=kept == prompt_length - 1)
-    padded_LNM = ((0, 0), (0, 0), (0, spec.top_m - kept))
+    positions_LNM = np.full((layers, positions, spec.top_m), -1, np.int32)
+    positions_LNM[..., :kept] = keys_LNM & 0xFFFFFF
+    weights_LNM = np.zeros((layers, positions, spec.top_m), np.float32)
+    weights_LNM[..., :kept] = shares_LNM * (prompt_LN / MASS_SCALE)[..., None]
     return AttentionSummary(
-        positions_LNM=np.pad((keys_LNM & 0xFFFFFF).astype(np.int32), padded_LNM, constant_values=-1),
-        weights_LNM=np.pad((shares_LNM * (prompt_LN / MASS_SCALE)[..., None]).astype(np.float32), padded_LNM),
+        positions_LNM=positions_LNM,
+        weights_LNM=weights_LNM,
         sink_LN=(sink_LN / MASS_SCALE).astype(np.float32),
         prompt_LN=(prompt_LN / MASS_SCALE).astype(np.float32),
         entropy_LN=(entropy_LN / ENTROPY_SCALE).astype(np.float32),

@@ -22,16 +22,8 @@ MAX_ENTRIES = 1 << 24
 
 CHECK_BYTES = 8
 _TOKENS = pa.list_(pa.field("item", pa.int32(), nullable=False))
-_NUMBERS = {
-    "first_position": pa.int32(),
-    "positions": pa.int32(),
-    "entries": pa.int32(),
-    "prompt_length": pa.int32(),
-    "response_length": pa.int32(),
-    "mean_entropy": pa.float32(),
-    "mean_coverage": pa.float32(),
-    "min_coverage": pa.float32(),
-}
+LENGTHS = ("first_position", "positions", "entries", "prompt_length", "response_length")
+STATISTICS = ("mean_entropy", "mean_coverage", "min_coverage")
 
 
 def cell_names(contract: Contract) -> tuple[str, ...]:
@@ -45,7 +37,8 @@ def schema_for(contract: Contract) -> pa.Schema:
     cells = cell_names(contract)
     fields = {
         "sample_id": pa.string(),
-        **_NUMBERS,
+        **dict.fromkeys(LENGTHS, pa.int32()),
+        **dict.fromkeys(STATISTICS, pa.float32()),
         **{name: _TOKENS if name.endswith("_ids") else pa.binary() for name in cells},
         "checks": pa.binary(CHECK_BYTES * len(cells)),
     }

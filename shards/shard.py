@@ -23,7 +23,7 @@ from shards.codec import codec_for
 from shards.contract import MAX_VOCABULARY, Contract
 from shards.errors import Corrupt, Incomplete, ShardError, Truncated
 from shards.record import Int32, Record
-from shards.schema import CHECK_BYTES, MAX_ENTRIES, MAX_ROWS, cell_check, cell_names, fixed_parts, schema_for
+from shards.schema import CHECK_BYTES, LENGTHS, MAX_ENTRIES, MAX_ROWS, cell_check, cell_names, fixed_parts, schema_for
 
 
 class ShardReader:
@@ -45,7 +45,8 @@ class ShardReader:
             self._codec = codec_for(self.contract)
             self._cells = {name: _Cells(self._batch.column(name)) for name in cell_names(self.contract)}
             self._checks = parts[-1].reshape(len(self), len(self._cells), CHECK_BYTES)
-            self._check_numbers()
+            self._lengths = {name: self.numbers(name).astype(np.int64) for name in LENGTHS}
+            self._require_agreement()
 
     @classmethod
     def open(cls, path: Path) -> ShardReader:
@@ -90,7 +91,7 @@ class ShardReader:
             raise IndexError(f"row {row} of {len(self)}")
         row %= len(self)
         with self._named(row):
-            positions, prompt_length = (int(self._number(name, row)) for name in ("positions", "prompt_length"))
+            first, positions, _, prompt_length, _ = (int(self._lengths[name][row]) for name in LENGTHS)
             signal = self._codec.decode_signal(self._cell("signal", row), positions=positions)
             attention = None
             if self.contract.attention is not None:
@@ -101,7 +102,7 @@ class ShardReader:
                 sample_id=self._batch.column("sample_id")[row].as_py(),
                 prompt_ids_P=self._tokens("prompt_ids", row),
                 response_ids_R=self._tokens("response_ids", row),
-                first_position=int(self._number("first_position", row)),
+                first_position=first,
                 topk_ids_NK=signal.topk_ids_NK,
                 topk_logprobs_NK=signal.topk_logprobs_NK,
                 log_tail_N=signal.log_tail_N,
@@ -121,10 +122,6 @@ class ShardReader:
                         self._cell(name, row)
             raise
 
-    def _number(self, name: str, row: int) -> float:
-        value: float = self._batch.column(name)[row].as_py()
-        return value
-
     def _tokens(self, name: str, row: int) -> Int32:
         ids = np.frombuffer(self._cell(name, row), np.int32).copy()
         if ids.size and not 0 <= ids.min() <= ids.max() < self.contract.vocab_size:
@@ -138,10 +135,9 @@ class ShardReader:
             raise Corrupt(f"{name} differs from its checksum", hint=framing.RESTORE)
         return cell
 
-    def _check_numbers(self) -> None:
+    def _require_agreement(self) -> None:
         """The plain columns must agree with each other and with the cells' offsets: decoding relies on them."""
-        names = ("first_position", "positions", "entries", "prompt_length", "response_length")
-        first, positions, entries, prompt, response = (self.numbers(name).astype(np.int64) for name in names)
+        first, positions, entries, prompt, response = (self._lengths[name] for name in LENGTHS)
         agree = (
             (prompt * 4 == self.cell_sizes("prompt_ids"))
             & (response * 4 == self.cell_sizes("response_ids"))

@@ -362,7 +362,6 @@ def compressed(values: Any, dtype: type) -> bytes:
         ("signal", lambda cell: cell + b"\0", "do not fill it"),
         ("signal", lambda cell: replace_frame(cell, 0, b"no frame"), "cannot be expanded"),
         ("signal", lambda cell: replace_frame(cell, 0, compressed([255] * 20, np.uint8)), "outside a vocabulary"),
-        ("signal", lambda cell: replace_frame(cell, 2, compressed([246] * 20, np.uint8)), "level 246"),
         ("attention", lambda cell: replace_attention(cell, 0, 200), "key"),
         ("attention", lambda cell: replace_attention(cell, 1, 64), "share 64"),
         ("prompt_ids", [300] * 6, "outside the vocabulary"),
