@@ -17,13 +17,14 @@ from typing import Any
 
 from shards.contract import Contract
 from shards.durable import LOCAL_DISK, Disk, make_folder, publish, remove_abandoned
-from shards.errors import ContractMismatch, Corrupt, Incomplete
+from shards.errors import ContractMismatch, Corrupt, Incomplete, Truncated
 from shards.shard import ShardReader
 
 CONTRACT_NAME, MANIFEST_NAME, TEACHER_FOLDER = "contract.json", "manifest.json", "teacher"
 MAX_MANIFEST_BYTES = 1 << 28
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,199}")
 _TEACHER_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+_END = b"\n}\n"
 _RESTORE = "restore the file from where the shards came from"
 
 
@@ -194,6 +195,8 @@ def _unsealed(folder: Path, name: str, *, hint: str) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise Incomplete(f"{path} cannot be read: {error.strerror}", hint=hint) from error
+    if not content.endswith(_END):
+        raise Truncated(f"{path} ends after {len(content)} bytes, within its contents", hint=_RESTORE)
     try:
         document: dict[str, Any] = json.loads(content)
         document.pop("seal")
