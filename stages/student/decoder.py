@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .config import MiniCodformerConfig
-from .layers import RMSNorm, SwiGLU, attend, split_heads
+from .layers import RMSNorm, SwiGLU, attend, key_bias, split_heads
 from .ltc import LiquidMixer
 
 
@@ -33,13 +33,13 @@ class CrossAttention(nn.Module):
         self,
         hidden_BTD: Tensor,
         encoder_BPD: Tensor,
-        mask_B11P: Tensor | None,
+        bias_B11P: Tensor | None,
         past_key_values: EncoderDecoderCache | None,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         query_BHTE = self.query_norm(split_heads(self.query(hidden_BTD), self.heads))
         key_BHPE, value_BHPE = self._key_value(encoder_BPD, past_key_values)
-        output_BTD, weights_BHTP = attend(query_BHTE, key_BHPE, value_BHPE, mask_B11P, need_weights=need_weights)
+        output_BTD, weights_BHTP = attend(query_BHTE, key_BHPE, value_BHPE, bias_B11P, need_weights=need_weights)
         return self.out(output_BTD), weights_BHTP
 
     def _key_value(self, encoder_BPD: Tensor, past_key_values: EncoderDecoderCache | None) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         hidden_BTD: Tensor,
         encoder_BPD: Tensor,
         real_BT: Tensor | None,
-        mask_B11P: Tensor | None,
+        bias_B11P: Tensor | None,
         need_weights: bool,
         past_key_values: EncoderDecoderCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -77,7 +77,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self_cache = None if past_key_values is None else past_key_values.self_attention_cache
         hidden_BTD = hidden_BTD + self.mixer(self.mixer_norm(hidden_BTD), real_BT, self_cache)
         crossed_BTD, weights_BHTP = self.cross(
-            self.cross_norm(hidden_BTD), encoder_BPD, mask_B11P, past_key_values, need_weights
+            self.cross_norm(hidden_BTD), encoder_BPD, bias_B11P, past_key_values, need_weights
         )
         hidden_BTD = hidden_BTD + crossed_BTD
         return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD)), weights_BHTP
@@ -102,11 +102,11 @@ class MiniCodformerDecoder(nn.Module):
         """`attention_mask` may reach back over tokens that are in the cache already: its last T columns count."""
         hidden_BTD = inputs_embeds
         real_BT = None if attention_mask is None else attention_mask[:, -hidden_BTD.shape[1] :].bool()
-        mask_B11P = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
+        bias_B11P = key_bias(encoder_attention_mask, hidden_BTD.dtype)
         states, attentions = [hidden_BTD], []
         for layer in self.layers:
             hidden_BTD, weights_BHTP = layer(
-                hidden_BTD, encoder_BPD, real_BT, mask_B11P, output_attentions, past_key_values=past_key_values
+                hidden_BTD, encoder_BPD, real_BT, bias_B11P, output_attentions, past_key_values=past_key_values
             )
             states.append(hidden_BTD)
             attentions.append(weights_BHTP)

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
 from .config import MiniCodformerConfig
-from .layers import RMSNorm, SwiGLU, TokenEmbedding, attend, split_heads
+from .layers import RMSNorm, SwiGLU, TokenEmbedding, attend, key_bias, split_heads
 
 
 class RotaryEmbedding(nn.Module):
@@ -50,11 +50,11 @@ class SelfAttention(nn.Module):
         self.key_norm = RMSNorm(config.head_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden_BPD: Tensor, mask_B11P: Tensor | None, rotary: tuple[Tensor, Tensor], need_weights: bool
+        self, hidden_BPD: Tensor, bias_B11P: Tensor | None, rotary: tuple[Tensor, Tensor], need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = (split_heads(part, self.heads) for part in self.query_key_value(hidden_BPD).chunk(3, -1))
         query, key = rotate(self.query_norm(query), rotary), rotate(self.key_norm(key), rotary)
-        output_BPD, weights_BHPP = attend(query, key, value, mask_B11P, need_weights=need_weights)
+        output_BPD, weights_BHPP = attend(query, key, value, bias_B11P, need_weights=need_weights)
         return self.out(output_BPD), weights_BHPP
 
 
@@ -67,9 +67,9 @@ class EncoderLayer(GradientCheckpointingLayer):
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, hidden_BPD: Tensor, mask_B11P: Tensor | None, rotary: tuple[Tensor, Tensor], need_weights: bool
+        self, hidden_BPD: Tensor, bias_B11P: Tensor | None, rotary: tuple[Tensor, Tensor], need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        attended_BPD, weights_BHPP = self.attention(self.attention_norm(hidden_BPD), mask_B11P, rotary, need_weights)
+        attended_BPD, weights_BHPP = self.attention(self.attention_norm(hidden_BPD), bias_B11P, rotary, need_weights)
         hidden_BPD = hidden_BPD + attended_BPD
         return hidden_BPD + self.mlp(self.mlp_norm(hidden_BPD)), weights_BHPP
 
@@ -97,15 +97,14 @@ class MiniCodformerEncoder(nn.Module):
     ) -> BaseModelOutput:
         hidden_BPD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if attention_mask is None:
-            mask_B11P = None
             position_BP = torch.arange(hidden_BPD.shape[1], device=hidden_BPD.device)[None]
         else:
-            mask_B11P = attention_mask[:, None, None].bool()
             position_BP = attention_mask.long().cumsum(-1) - 1
+        bias_B11P = key_bias(attention_mask, hidden_BPD.dtype)
         rotary = self.rotary(position_BP, hidden_BPD.dtype)
         states, attentions = [hidden_BPD], []
         for layer in self.layers:
-            hidden_BPD, weights_BHPP = layer(hidden_BPD, mask_B11P, rotary, output_attentions)
+            hidden_BPD, weights_BHPP = layer(hidden_BPD, bias_B11P, rotary, output_attentions)
             states.append(hidden_BPD)
             attentions.append(weights_BHPP)
         states[-1] = self.norm(hidden_BPD)

@@ -38,22 +38,30 @@ def split_heads(hidden_BTD: Tensor, heads: int) -> Tensor:
     return hidden_BTD.reshape(*hidden_BTD.shape[:-1], heads, -1).transpose(1, 2)
 
 
+def key_bias(mask_BP: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask over keys (1 at tokens, 0 at padding) as a term of the attention scores, [B, 1, 1, P]."""
+    if mask_BP is None:
+        return None
+    padding_B11P = mask_BP[:, None, None].eq(0)
+    return torch.zeros_like(padding_B11P, dtype=dtype).masked_fill_(padding_B11P, float("-inf"))
+
+
 def attend(
-    query_BHTE: Tensor, key_BHPE: Tensor, value_BHPE: Tensor, mask_B11P: Tensor | None, *, need_weights: bool
+    query_BHTE: Tensor, key_BHPE: Tensor, value_BHPE: Tensor, bias_B11P: Tensor | None, *, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention over the keys where `mask` is true.
+    """Scaled dot-product attention; `bias` is what `key_bias` makes of the keys' mask.
 
     Returns the heads' outputs side by side [B, T, D] and, if asked for, the weights [B, H, T, P].
     """
     weights_BHTP = None
     if need_weights:
-        scores_BHTP = (query_BHTE @ key_BHPE.transpose(-1, -2)).float() * query_BHTE.shape[-1] ** -0.5
-        if mask_B11P is not None:
-            scores_BHTP = scores_BHTP.masked_fill(~mask_B11P, float("-inf"))
-        weights_BHTP = scores_BHTP.softmax(-1)
+        scores_BHTP = (query_BHTE * query_BHTE.shape[-1] ** -0.5) @ key_BHPE.transpose(-1, -2)
+        if bias_B11P is not None:
+            scores_BHTP = scores_BHTP + bias_B11P
+        weights_BHTP = scores_BHTP.softmax(-1, dtype=torch.float32)
         output_BHTE = weights_BHTP.to(value_BHPE.dtype) @ value_BHPE
     else:
-        output_BHTE = F.scaled_dot_product_attention(query_BHTE, key_BHPE, value_BHPE, attn_mask=mask_B11P)
+        output_BHTE = F.scaled_dot_product_attention(query_BHTE, key_BHPE, value_BHPE, attn_mask=bias_B11P)
     return output_BHTE.transpose(1, 2).flatten(-2), weights_BHTP
 
 

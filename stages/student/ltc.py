@@ -104,7 +104,7 @@ class LiquidMixer(nn.Module):
         output_BTHE, state_BHEF = scan(query_BTHE, key_BTHE, value_BTHE, log_decay_BTHE, state_BHEF)
         if cache is not None:
             cache.update_recurrent_state(state_BHEF, self.layer_index)
-        read_BTD = self.head_norm(output_BTHE).flatten(-2).to(hidden_BTD.dtype)
+        read_BTD = self.head_norm(output_BTHE.to(hidden_BTD.dtype)).flatten(-2)
         motor: Tensor = self.motor(read_BTD * F.silu(self.gate(hidden_BTD)))
         return motor
 

@@ -55,8 +55,8 @@ class _ChunkedScan(torch.autograd.Function):
         middle_NBH1E = elapsed_NBHCE[..., CHUNK // 2 - 1 : CHUNK // 2, :]
         log_carry_NBH1E = elapsed_NBHCE[..., -1:, :] - middle_NBH1E
         log_carry_NBH1E[:-1] += middle_NBH1E[1:]
-        carry_NBHE1 = log_carry_NBH1E.transpose(-1, -2).exp()
-        to_first_middle_BHE1 = middle_NBH1E[0].transpose(-1, -2).exp()
+        carry_NBHE1 = log_carry_NBH1E.mT.exp()
+        to_first_BHE1 = middle_NBH1E[0].mT.exp()
 
         from_middle_NBHCE = (elapsed_NBHCE - middle_NBH1E).exp_()
         query_NBHCE = _into_chunks(query_BTHE) * from_middle_NBHCE
@@ -65,13 +65,13 @@ class _ChunkedScan(torch.autograd.Function):
 
         chunks = elapsed_NBHCE.shape[0]
         state_NBHEF = state_BHEF.new_empty(chunks + 1, *state_BHEF.shape)
-        torch.mul(state_BHEF, to_first_middle_BHE1, out=state_NBHEF[0])
-        torch.matmul(key_NBHCE.transpose(-1, -2), value_NBHCF, out=state_NBHEF[1:])
+        torch.mul(state_BHEF, to_first_BHE1, out=state_NBHEF[0])
+        torch.matmul(key_NBHCE.mT, value_NBHCF, out=state_NBHEF[1:])
         state_NBHEF[1:] *= carry_NBHE1
         for chunk in range(chunks):
             state_NBHEF[chunk + 1].addcmul_(state_NBHEF[chunk], carry_NBHE1[chunk])
 
-        weight_NBHCC = (query_NBHCE @ key_NBHCE.transpose(-1, -2)).tril_()
+        weight_NBHCC = (query_NBHCE @ key_NBHCE.mT).tril_()
         output_NBHCF = _add_product(weight_NBHCC @ value_NBHCF, query_NBHCE, state_NBHEF[:-1])
         ctx.save_for_backward(
             query_NBHCE,
@@ -81,40 +81,49 @@ class _ChunkedScan(torch.autograd.Function):
             weight_NBHCC,
             state_NBHEF,
             carry_NBHE1,
-            to_first_middle_BHE1,
+            to_first_BHE1,
         )
         return _out_of_chunks(output_NBHCF), state_NBHEF[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output_grad_BTHF: Tensor, last_grad_BHEF: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, from_middle, weight, state, carry, to_first_middle = ctx.saved_tensors
-        output_grad = _into_chunks(output_grad_BTHF).contiguous()
+        (
+            query_NBHCE,
+            key_NBHCE,
+            value_NBHCF,
+            from_middle_NBHCE,
+            weight_NBHCC,
+            state_NBHEF,
+            carry_NBHE1,
+            to_first_BHE1,
+        ) = ctx.saved_tensors
+        output_grad_NBHCF = _into_chunks(output_grad_BTHF).contiguous()
 
         # Gradients of the entering states, last to first: what the chunk reads of it, and what it leaves of it.
-        state_grad = torch.empty_like(state)
-        torch.matmul(query.transpose(-1, -2), output_grad, out=state_grad[:-1])
-        state_grad[-1] = last_grad_BHEF
-        for chunk in reversed(range(carry.shape[0])):
-            state_grad[chunk].addcmul_(state_grad[chunk + 1], carry[chunk])
-        written_grad = state_grad[1:] * carry
+        state_grad_NBHEF = torch.empty_like(state_NBHEF)
+        torch.matmul(query_NBHCE.mT, output_grad_NBHCF, out=state_grad_NBHEF[:-1])
+        state_grad_NBHEF[-1] = last_grad_BHEF
+        for chunk in reversed(range(carry_NBHE1.shape[0])):
+            state_grad_NBHEF[chunk].addcmul_(state_grad_NBHEF[chunk + 1], carry_NBHE1[chunk])
+        written_grad_NBHEF = state_grad_NBHEF[1:] * carry_NBHE1
 
-        weight_grad = (output_grad @ value.transpose(-1, -2)).tril_()
-        value_grad = _add_product(weight.transpose(-1, -2) @ output_grad, key, written_grad)
-        query_grad = _add_product(weight_grad @ key, output_grad, state[:-1].transpose(-1, -2))
-        key_grad = _add_product(weight_grad.transpose(-1, -2) @ query, value, written_grad.transpose(-1, -2))
+        weight_grad_NBHCC = (output_grad_NBHCF @ value_NBHCF.mT).tril_()
+        value_grad_NBHCF = _add_product(weight_NBHCC.mT @ output_grad_NBHCF, key_NBHCE, written_grad_NBHEF)
+        query_grad_NBHCE = _add_product(weight_grad_NBHCC @ key_NBHCE, output_grad_NBHCF, state_NBHEF[:-1].mT)
+        key_grad_NBHCE = _add_product(weight_grad_NBHCC.mT @ query_NBHCE, value_NBHCF, written_grad_NBHEF.mT)
 
-        # A log decay scales what later positions read and undoes earlier writes; it also scales what leaves the chunk.
-        elapsed_grad = (query * query_grad).addcmul_(key, key_grad, value=-1)
-        left_grad_NBH1E = (state_grad[1:] * state[1:]).sum(-1).unsqueeze(-2)
-        upper_CC = weight.new_ones(CHUNK, CHUNK).triu_()
-        log_decay_grad = (upper_CC @ elapsed_grad).add_(left_grad_NBH1E)
+        # A log decay scales what later positions read, unscales earlier writes, and scales what leaves the chunk.
+        elapsed_grad_NBHCE = (query_NBHCE * query_grad_NBHCE).addcmul_(key_NBHCE, key_grad_NBHCE, value=-1)
+        left_grad_NBH1E = (state_grad_NBHEF[1:] * state_NBHEF[1:]).sum(-1).unsqueeze(-2)
+        upper_CC = weight_NBHCC.new_ones(CHUNK, CHUNK).triu_()
+        log_decay_grad_NBHCE = (upper_CC @ elapsed_grad_NBHCE).add_(left_grad_NBH1E)
         return (
-            _out_of_chunks(query_grad * from_middle),
-            _out_of_chunks(key_grad / from_middle),
-            _out_of_chunks(value_grad),
-            _out_of_chunks(log_decay_grad),
-            state_grad[0] * to_first_middle,
+            _out_of_chunks(query_grad_NBHCE * from_middle_NBHCE),
+            _out_of_chunks(key_grad_NBHCE / from_middle_NBHCE),
+            _out_of_chunks(value_grad_NBHCF),
+            _out_of_chunks(log_decay_grad_NBHCE),
+            state_grad_NBHEF[0] * to_first_BHE1,
         )
 
 
