@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shards.reader import ShardSet, Split
 from stages.distill.batches import Batch, Prefetcher, assemble
-from stages.distill.objective import SUMS, DistillModule, LossTerms
+from stages.distill.objective import EVALUATION_SUMS, DistillModule, LossTerms
 from stages.distill.order import Indices, record_lengths, sharded_pass
 from stages.distill.settings import ObjectiveSettings
 from stages.events import Emit, Progress, silent
@@ -56,13 +56,13 @@ def evaluate(
         chosen = part if part.size else [0]  # all ranks run the model equally often: see sharded_pass
         return assemble([split[int(index)] for index in chosen], start_token_id)
 
-    sums = torch.zeros(len(SUMS), dtype=torch.float64)
+    sums = torch.zeros(len(EVALUATION_SUMS), dtype=torch.float64)
     for done, (part, batch) in enumerate(zip(parts, Prefetcher(load, parts), strict=True), 1):
         found = forward(batch).sums.to(sums.device)
         if part.size:
             sums += found
         emit(Progress(stage="evaluate", done=done, total=len(parts), unit="batches"))
-    totals = dict(zip(SUMS, total(sums).tolist(), strict=True))
+    totals = dict(zip(EVALUATION_SUMS, total(sums).tolist(), strict=True))
     positions = totals.pop("positions")
     mean = {name: value / positions for name, value in totals.items()}
     return EvaluationReport(

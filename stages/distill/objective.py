@@ -31,15 +31,17 @@ LOSSES: Mapping[str, RowLoss] = {
 }
 """What `objective.kd` can name."""
 
-SUMS = ("kd", "ce", "kl", "attention", "top1", "top5", "positions")
+SUMS = ("kd", "ce", "kl", "attention", "top1", "positions")
 """What `LossTerms.sums` holds, each summed over positions; `kl` is tail_bucket_kl, whatever `kd` is."""
+EVALUATION_SUMS = (*SUMS, "top5")
+"""What it holds where gradients are switched off."""
 
 
 class LossTerms(NamedTuple):
     objective: Tensor
     """Weighted sum over this batch's positions, times the scale that was asked for."""
     sums: Tensor
-    """[len(SUMS)], fp64, without gradients."""
+    """The numbers that SUMS names, or EVALUATION_SUMS; fp64, without gradients."""
 
 
 class DistillModule(nn.Module):
@@ -73,16 +75,16 @@ class DistillModule(nn.Module):
             self.student.output_hidden(hidden.decoder_BTD.flatten(0, 1)[batch.rows_N]),
             weight_VD,
             batch.teacher,
-            (self._kd, cross_entropy, tail_bucket_kl),
-            (self._settings.kd_weight, self._settings.ce_weight, 0.0),
+            ((self._kd, self._settings.kd_weight), (cross_entropy, self._settings.ce_weight), (tail_bucket_kl, 0.0)),
         )
         objective, attention = fused.objective, fused.objective.new_zeros(())
         if matched is not None:
             assert hidden.cross_attention is not None
             attention = _match(hidden.cross_attention, batch.rows_N, matched)
             objective = objective + attention_weight * attention
-        counts = [fused.top1_N.sum(), fused.top5_N.sum(), fused.objective.new_tensor(batch.positions)]
-        sums = torch.stack([tensor.detach().double() for tensor in (*fused.loss_sums, attention, *counts)])
+        found = (*fused.loss_sums, attention, fused.top1_N.sum(), torch.tensor(batch.positions))
+        top5 = [] if fused.top5_N is None else [fused.top5_N.sum()]
+        sums = torch.stack([tensor.detach().double().to(weight_VD.device) for tensor in (*found, *top5)])
         return LossTerms(objective * scale, sums)
 
 
