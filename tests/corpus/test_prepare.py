@@ -262,10 +262,13 @@ def old_and_new(run: Prepare, write_jsonl: Any, reasoning_row: Any, tmp_path: Pa
 
 
 def seen(folder: Path) -> str | None:
+    """The fingerprint of the corpus in a folder, or None where it says that it is unfinished."""
     try:
         return read_corpus(folder).fingerprint
-    except StageError:
-        return None
+    except StageError as error:
+        if "unfinished" in str(error):
+            return None
+        raise
 
 
 def killed(work: Callable[[], object]) -> bool:
