@@ -9,16 +9,17 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from shards.contract import AttentionSpec, Contract
-from shards.manifest import Manifest, ShardInfo, begin, is_sealed, read_manifest, seal
+from shards.manifest import CONTRACT_NAME, Manifest, ShardInfo, begin, is_sealed, read_manifest, seal
 from shards.record import AttentionSummary, Record
 from shards.topk_planes import TopkPlanes1
 from shards.writer import write_shard
@@ -67,8 +68,17 @@ def fill_cache(
             return read_manifest(folder)
         job = _Job(corpus=corpus, folder=folder, contract=contract, engine=source, emit=emit)
         shards = job.run(plan_units({"train": len(corpus.train), "dev": len(corpus.dev)}, cache.records_per_shard))
-    publish_teacher(teacher_folder, folder, cache.pca_width)
-    return seal(folder, contract, shards)
+    with _alone(folder):
+        publish_teacher(teacher_folder, folder, cache.pca_width)
+        return seal(folder, contract, shards)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Finish the set as the only one of several writers. The kernel lets go of the lock when its holder dies."""
+    with (folder / CONTRACT_NAME).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def attention_layers(depths: Sequence[float], layers: int) -> tuple[int, ...]:

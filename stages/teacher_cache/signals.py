@@ -68,33 +68,33 @@ def _by_value_then_column(values_NK: Tensor, columns_NK: Tensor) -> tuple[Tensor
     return values_NK, columns_NK.gather(-1, order)
 
 
-def tail_sums(logits_NV: Tensor, excluded_NK: Tensor, counted_NK: Tensor, reference_N: Tensor) -> Tensor:
-    """[N, 2]: the sums of e^d and of d e^d over the columns outside the kept set, d = logit - reference.
+def tail_sums(logits_NV: Tensor, columns_NC: Tensor, kept_NC: Tensor, reference_N: Tensor) -> Tensor:
+    """[N, 2]: the sums of e^d and of d e^d over all columns that are not kept, d = logit - reference.
 
-    `excluded_NK` are distinct columns and `counted_NK` is true where a column belongs to the kept set after all. With
-    the smallest kept logit as reference d <= 0: nothing overflows, and a tail however thin keeps its digits, which
-    1 - sum(p) would cancel.
+    `columns_NC` are distinct, and `kept_NC` says which of them are kept. With the largest logit of the whole tail as
+    reference d <= 0 and the first sum is at least 1 over all shards: nothing overflows, and a tail however thin keeps
+    its digits, which 1 - sum(p) would cancel.
     """
     delta_NV = logits_NV - reference_N[:, None]
-    at_NK = delta_NV.gather(-1, excluded_NK)
-    power_NV = delta_NV.scatter(-1, excluded_NK, at_NK.masked_fill(counted_NK, -torch.inf)).exp_()
-    delta_NV.scatter_(-1, excluded_NK, at_NK.masked_fill(counted_NK, 0.0))
+    delta_NC = delta_NV.gather(-1, columns_NC)
+    power_NV = delta_NV.scatter(-1, columns_NC, delta_NC.masked_fill(kept_NC, -torch.inf)).exp_()
+    delta_NV.scatter_(-1, columns_NC, delta_NC.masked_fill(kept_NC, 0.0))
     return torch.stack([power_NV.sum(dim=-1), torch.linalg.vecdot(power_NV, delta_NV)], dim=-1)
 
 
-def complete(values_NK: Tensor, tail_N2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [N, K], log tail mass [N] and entropy [N] from kept logits and the whole tail's sums.
+def complete(kept_NK: Tensor, reference_N: Tensor, tail_N2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [N, K], log tail mass [N] and entropy [N] from the kept logits and the tail's sums.
 
-    `values_NK` fall, and `tail_N2` is what `tail_sums` adds up to over all shards with reference `values_NK[:, -1]`.
+    `tail_N2` is what `tail_sums` with this reference adds up to over all shards.
     """
-    reference_N = values_NK[:, -1]
     power_N, moment_N = tail_N2.unbind(dim=-1)
-    log_partition_N = torch.logaddexp(values_NK.logsumexp(dim=-1), reference_N + power_N.log())
-    logprobs_NK = values_NK - log_partition_N[:, None]
+    log_power_N = reference_N + power_N.log()
+    log_partition_N = torch.logaddexp(kept_NK.logsumexp(dim=-1), log_power_N)
+    logprobs_NK = kept_NK - log_partition_N[:, None]
     shift_N = reference_N - log_partition_N
-    log_tail_N = shift_N + power_N.log()
     tail_entropy_N = -shift_N.exp() * (moment_N + shift_N * power_N)
-    return logprobs_NK, log_tail_N, tail_entropy_N - (logprobs_NK.exp() * logprobs_NK).sum(dim=-1)
+    entropy_N = tail_entropy_N - (logprobs_NK.exp() * logprobs_NK).sum(dim=-1)
+    return logprobs_NK, log_power_N - log_partition_N, entropy_N
 
 
 def attention_heads_sum(

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from shards.durable import make_folder, publish
+from shards.durable import make_folder, publish, remove_abandoned
 from shards.manifest import TEACHER_FOLDER
 from stages.corpus.fingerprint import sha256_of, tokenizer_files
 from stages.errors import StageError
@@ -75,9 +75,10 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def publish_teacher(source: Path, shards: Path, pca_width: int) -> None:
-    """Publish folder/teacher durably. What is there already stays, so a resumed stage repeats nothing."""
+    """Publish the folder teacher/ of a shard set durably; one writer at a time. What is there already stays."""
     target = shards / TEACHER_FOLDER
     make_folder(target)
+    remove_abandoned(target)
     for path in tokenizer_files(source):
         publish(target, path.name, path.read_bytes())
     facts = json.dumps(asdict(read_facts(source)), indent=1, sort_keys=True)

@@ -1,7 +1,7 @@
 """The teacher's head on response rows: top-k, tail and entropy, without ever holding more than one block of logits.
 
 The vocabulary may lie split over tensor-parallel ranks. A rank sends its own top k and, once the joint top k is known,
-the two sums of its part of the tail: 2k + 2 floats a row, never logits.
+the two sums of its part of the tail: 2k + 4 numbers a row, never logits.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class ResponseHead:
         self.k = k
         self.first_id = int(shard.org_vocab_start_index)
         self.width = int(shard.num_org_elements)
-        if k > self.width:
+        if k >= self.width:
             raise StageError(
-                f"cache.k = {k} exceeds the {self.width} ids that one tensor-parallel rank holds",
+                f"cache.k = {k}, but one tensor-parallel rank holds {self.width} ids",
                 hint="lower cache.k or teacher.tensor_parallel",
             )
         self._lm_head, self._logits_processor = lm_head, logits_processor
@@ -80,26 +80,29 @@ class ResponseHead:
         count = logits_NV.shape[0]
         step = max(1, _CACHE_BYTES // (4 * self.width)) if logits_NV.device.type == "cpu" else count
         blocks = [slice(start, start + step) for start in range(0, count, step)]
-        local = [select_topk(logits_NV[block], self.k) for block in blocks]
-        values_NK, columns_NK = (torch.cat(parts) for parts in zip(*local, strict=True))
-        joint_NK, ids_NK, counted_NK = _join(values_NK, columns_NK + self.first_id)
+        # One more than is kept: the largest logit of the tail.
+        local = [select_topk(logits_NV[block], self.k + 1) for block in blocks]
+        values_NC, columns_NC = (torch.cat(parts) for parts in zip(*local, strict=True))
+        joint_NC, ids_NC, kept_NC = _join(values_NC, columns_NC + self.first_id)
+        kept_NK, reference_N, ids_NK = joint_NC[:, :-1], joint_NC[:, -1], ids_NC[:, :-1]
         tail_N2 = torch.cat(
-            [tail_sums(logits_NV[block], columns_NK[block], counted_NK[block], joint_NK[block, -1]) for block in blocks]
+            [tail_sums(logits_NV[block], columns_NC[block], kept_NC[block], reference_N[block]) for block in blocks]
         )
-        write_columns(rows_NW, ids_NK.int(), *complete(joint_NK, tensor_model_parallel_all_reduce(tail_N2)))
+        tail_N2 = tensor_model_parallel_all_reduce(tail_N2)
+        write_columns(rows_NW, ids_NK.int(), *complete(kept_NK, reference_N, tail_N2))
 
 
-def _join(values_NK: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The top k over all ranks, and which of this rank's own candidates belong to it."""
-    ranks, k = get_tensor_model_parallel_world_size(), values_NK.shape[1]
+def _join(values_NC: Tensor, ids_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The C = k + 1 largest over all ranks, and which of this rank's own candidates are among the first k."""
+    ranks, candidates = get_tensor_model_parallel_world_size(), values_NC.shape[1]
     if ranks == 1:
-        return values_NK, ids_NK, torch.ones_like(ids_NK, dtype=torch.bool)
-    all_values = tensor_model_parallel_all_gather(values_NK, dim=-1)
-    all_ids = tensor_model_parallel_all_gather(ids_NK, dim=-1)
-    joint_NK, where_NK = select_topk(all_values, k)
-    counted = torch.zeros_like(all_ids, dtype=torch.bool).scatter_(1, where_NK, True)
-    mine = slice(get_tensor_model_parallel_rank() * k, (get_tensor_model_parallel_rank() + 1) * k)
-    return joint_NK, all_ids.gather(1, where_NK), counted[:, mine]
+        return values_NC, ids_NC, torch.arange(candidates, device=ids_NC.device).lt(candidates - 1).expand_as(ids_NC)
+    all_values = tensor_model_parallel_all_gather(values_NC, dim=-1)
+    all_ids = tensor_model_parallel_all_gather(ids_NC, dim=-1)
+    joint_NC, where_NC = select_topk(all_values, candidates)
+    kept = torch.zeros_like(all_ids, dtype=torch.bool).scatter_(1, where_NC[:, :-1], True)
+    own = get_tensor_model_parallel_rank() * candidates
+    return joint_NC, all_ids.gather(1, where_NC), kept[:, own : own + candidates]
 
 
 @contextmanager

@@ -1,0 +1,196 @@
+"""A teacher that replays: signals that depend on the sample alone, no model behind them. Also a program.
+
+As a program it works off the plan in a folder that is given, and may be killed while it does:
+
+    recorded.py fill FOLDER TEACHER [SECONDS_A_SAMPLE]
+    recorded.py sweep FOLDER TEACHER
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shards.durable import LocalDisk
+from shards.manifest import Manifest
+from stages.corpus.fingerprint import tokenizer_fingerprint
+from stages.corpus.sample import Sample
+from stages.corpus.store import Corpus
+from stages.events import Emit, silent
+from stages.teacher_cache.cache import fill_cache
+from stages.teacher_cache.engines.protocol import CaptureSpec
+from stages.teacher_cache.settings import CacheSettings, TeacherSettings
+from stages.teacher_cache.signals import AttentionSignal, TeacherSignal
+
+VOCABULARY = 300
+CACHE = CacheSettings(k=5, attention_depths=(0.5,), attention_top_m=3, records_per_shard=4, pca_width=6)
+
+
+class RecordedEngine:
+    """A TeacherEngine without a teacher. `before` is called with each sample and may fail or wait."""
+
+    def __init__(self, spec: CaptureSpec, before: Callable[[Sample], None] = lambda _: None) -> None:
+        self._spec, self._before = spec, before
+        self.captured: list[str] = []
+        self.closed = False
+
+    identity = "recorded 1"
+    dtype = "float32+float32"
+
+    def capture(self, samples: Sequence[Sample]) -> Iterator[TeacherSignal]:
+        for sample in samples:
+            self._before(sample)
+            self.captured.append(sample.sample_id)
+            yield recorded_signal(sample, self._spec)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def recorded_signal(sample: Sample, spec: CaptureSpec) -> TeacherSignal:
+    """A valid signal drawn from the sample's id."""
+    generator = torch.Generator().manual_seed(int(sample.sample_id, 16))
+    rows, prompt = len(sample.response_ids), len(sample.prompt_ids)
+    logprobs = (3 * torch.randn(rows, VOCABULARY, generator=generator)).double().log_softmax(dim=-1)
+    kept, ids = logprobs.topk(spec.k, dim=-1)
+    tail = logprobs.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
+    return TeacherSignal(
+        topk_ids_NK=ids.int(),
+        topk_logprobs_NK=kept.float(),
+        log_tail_N=tail.float(),
+        entropy_N=-(logprobs.exp() * logprobs).sum(dim=-1).float(),
+        attention=_recorded_attention(rows, prompt, spec, generator),
+    )
+
+
+def _recorded_attention(rows: int, prompt: int, spec: CaptureSpec, generator: torch.Generator) -> AttentionSignal:
+    mean = torch.rand(len(spec.attention_layers), rows, prompt + rows, generator=generator).softmax(dim=-1)
+    kept = min(spec.attention_top_m, prompt - 1)
+    positions = torch.full((*mean.shape[:2], spec.attention_top_m), -1, dtype=torch.int32)
+    weights = torch.zeros((*mean.shape[:2], spec.attention_top_m))
+    weights[..., :kept], where = mean[..., 1:prompt].topk(kept, dim=-1)
+    positions[..., :kept] = where.int() + 1
+    return AttentionSignal(
+        positions_LNM=positions,
+        weights_LNM=weights,
+        sink_LN=mean[..., 0].contiguous(),
+        prompt_LN=mean[..., 1:prompt].sum(dim=-1),
+        entropy_LN=-torch.xlogy(mean, mean).sum(dim=-1),
+    )
+
+
+def make_corpus(teacher: Path, train: int = 7, dev: int = 2) -> Corpus:
+    """Random samples under the teacher's tokenizer."""
+    rng = np.random.default_rng(7)
+    samples = [
+        Sample(
+            sample_id=f"{number:016x}",
+            prompt_ids=rng.integers(0, VOCABULARY, rng.integers(1, 9)).astype(np.int32),
+            response_ids=rng.integers(0, VOCABULARY, rng.integers(1, 12)).astype(np.int32),
+        )
+        for number in range(train + dev)
+    ]
+    return Corpus(
+        train=samples[:train],
+        dev=samples[train:],
+        fingerprint="c" * 64,
+        tokenizer_fingerprint=tokenizer_fingerprint(teacher),
+        start_token_id=0,
+        end_token_id=2,
+        report={},
+    )
+
+
+def fill(
+    folder: Path,
+    teacher: Path,
+    *,
+    before: Callable[[Sample], None] = lambda _: None,
+    cache: CacheSettings = CACHE,
+    emit: Emit = silent,
+    engines: list[RecordedEngine] | None = None,
+) -> Manifest:
+    """Run stage one with a recorded teacher; the engine that it made is appended to `engines`."""
+
+    def make(folder: Path, settings: TeacherSettings, spec: CaptureSpec) -> RecordedEngine:
+        engine = RecordedEngine(spec, before)
+        if engines is not None:
+            engines.append(engine)
+        return engine
+
+    return fill_cache(
+        corpus=make_corpus(teacher),
+        teacher=TeacherSettings(model="recorded"),
+        cache=cache,
+        teacher_folder=teacher,
+        folder=folder,
+        emit=emit,
+        engine=make,
+    )
+
+
+def sweep(folder: Path, teacher: Path) -> int:
+    """Die by SIGKILL at the n-th file operation, for every n, each time in a new folder; then finish there undisturbed.
+
+    Forks, so that a death costs no import. Returns how many deaths there were.
+    """
+    torch.set_num_threads(1)
+    for deaths in range(1, 1_000):
+        target = folder / f"{deaths:03d}"
+        died = os.WIFSIGNALED(_forked(lambda target=target, n=deaths: _fill_and_die(target, teacher, n)))
+        if os.waitstatus_to_exitcode(_forked(lambda target=target: fill(target, teacher))) != 0:
+            raise RuntimeError(f"the run after a death at operation {deaths} did not finish")
+        if not died:
+            return deaths - 1
+    raise RuntimeError("it never came to an end")
+
+
+def _fill_and_die(folder: Path, teacher: Path, at: int) -> None:
+    """Count every operation of the disk, from both threads, and die before the `at`-th is carried out."""
+    left = at
+
+    def counted(operation: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*arguments)
+
+        return call
+
+    for name in ("mkdir", "create", "write", "fsync", "link", "unlink", "fsync_folder"):
+        setattr(LocalDisk, name, staticmethod(counted(getattr(LocalDisk(), name))))
+    fill(folder, teacher)
+
+
+def _forked(work: Callable[[], object]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+if __name__ == "__main__":
+    verb, target, teacher_folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    if verb == "sweep":
+        print(sweep(target, teacher_folder))
+    else:
+        pause = float(sys.argv[4])
+        print("begun", flush=True)
+        fill(target, teacher_folder, before=lambda _: time.sleep(pause))

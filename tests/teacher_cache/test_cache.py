@@ -1,0 +1,285 @@
+"""The loop: what is on disk after it ran, was killed, failed, or was asked again. The teacher is a recorded one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from shards.errors import ContractMismatch, Incomplete, InvalidRecord, StorageFailed
+from shards.manifest import is_sealed, read_manifest
+from shards.reader import ShardSet
+from stages.errors import StageError
+from stages.events import Event, Progress
+from stages.teacher_cache import cache as cache_module
+from stages.teacher_cache.plan import plan_units
+from stages.teacher_cache.settings import CacheSettings
+
+UNITS = ["dev-00000.arrow", "train-00000.arrow", "train-00001.arrow"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with just what the loop reads of a teacher."""
+    folder = tmp_path_factory.mktemp("teacher")
+    facts = {"architectures": ["X"], "vocab_size": 300, "num_hidden_layers": 4, "hidden_size": 16}
+    (folder / "config.json").write_text(json.dumps(facts))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    head = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    save_file({"lm_head.weight": head}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, recorded: ModuleType, teacher: Path) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recorded.fill(folder, teacher)
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, by its name there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_set_holds_every_sample_once_in_plan_order(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
+    manifest = recorded.fill(tmp_path, teacher)
+    corpus = recorded.make_corpus(teacher)
+    assert [shard.name for shard in manifest.shards] == UNITS
+    assert [shard.records for shard in manifest.shards] == [2, 4, 3]
+    shards = ShardSet(tmp_path)
+    for split, samples in (("train", corpus.train), ("dev", corpus.dev)):
+        records = list(shards.split(split))
+        assert [record.sample_id for record in records] == [sample.sample_id for sample in samples]
+        for record, sample in zip(records, samples, strict=True):
+            assert record.response_ids_R.tolist() == sample.response_ids.tolist()
+            assert (record.first_position, record.positions) == (0, len(sample.response_ids))
+            signal = recorded.recorded_signal(sample, spec_of(recorded))
+            kept = {row: sorted(ids) for row, ids in enumerate(signal.topk_ids_NK.tolist())}
+            assert {row: sorted(ids) for row, ids in enumerate(record.topk_ids_NK.tolist())} == kept
+
+
+def spec_of(recorded: ModuleType) -> object:
+    from stages.teacher_cache.engines.protocol import CaptureSpec
+
+    return CaptureSpec(k=recorded.CACHE.k, attention_layers=(2,), attention_top_m=recorded.CACHE.attention_top_m)
+
+
+def test_the_teacher_travels_with_the_shards(undisturbed: dict[str, bytes], teacher: Path) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert undisturbed[f"teacher/{name}"] == (teacher / name).read_bytes()
+    manifest = json.loads(undisturbed["manifest.json"])
+    assert set(manifest["teacher_files"]) == {
+        "tokenizer.json",
+        "chat_template.jinja",
+        "teacher.json",
+        "head_pca.safetensors",
+    }
+
+
+def test_W3_killed_at_every_file_operation_then_resumed_gives_the_same_bytes(
+    tmp_path: Path, teacher: Path, undisturbed: dict[str, bytes]
+) -> None:
+    sweep = subprocess.run(
+        [sys.executable, program(), "sweep", str(tmp_path), str(teacher)], check=True, capture_output=True, text=True
+    )
+    assert int(sweep.stdout) >= 6 * len(undisturbed), "each file is at least created, written, synced, linked"
+    for folder in sorted(tmp_path.iterdir()):
+        assert contents(folder) == undisturbed, folder.name
+
+
+def test_W3_several_writers_killed_at_random_give_the_same_bytes(
+    tmp_path: Path, teacher: Path, undisturbed: dict[str, bytes]
+) -> None:
+    rng = random.Random(11)
+    command = [sys.executable, program(), "fill", str(tmp_path), str(teacher), "0.05"]
+    for writers in (1, 2, 2):
+        begun = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(writers)]
+        for process in begun:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+        for process in begun:
+            time.sleep(rng.uniform(0.05, 0.4))
+            process.kill()
+            process.communicate()
+    assert not is_sealed(tmp_path)
+    last = [subprocess.Popen(command[:-1] + ["0"], stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(60) for process in last] == [0, 0]
+    assert contents(tmp_path) == undisturbed
+
+
+def program() -> str:
+    return str(Path(__file__).with_name("recorded.py"))
+
+
+def test_a_resumed_run_captures_only_what_is_missing(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
+    def fail_at_5(sample: object) -> None:
+        if sample.sample_id == f"{5:016x}":  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    engines: list = []
+    with pytest.raises(KeyboardInterrupt):
+        recorded.fill(tmp_path, teacher, before=fail_at_5, engines=engines)
+    assert not is_sealed(tmp_path)
+    recorded.fill(tmp_path, teacher, engines=engines)
+    assert [int(name, 16) for name in engines[1].captured] == [4, 5, 6, 7, 8]
+    assert all(engine.closed for engine in engines)
+
+
+def test_a_whole_set_starts_no_engine(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
+    first = recorded.fill(tmp_path, teacher)
+    before = contents(tmp_path)
+    engines: list = []
+    assert recorded.fill(tmp_path, teacher, engines=engines) == first
+    assert engines[0].captured == []
+    assert contents(tmp_path) == before
+
+
+def test_W4_a_failing_engine_reaches_the_caller_and_seals_nothing(
+    tmp_path: Path, recorded: ModuleType, teacher: Path
+) -> None:
+    def fail(sample: object) -> None:
+        if sample.sample_id == f"{6:016x}":  # type: ignore[attr-defined]
+            raise StageError("the teacher broke")
+
+    engines: list = []
+    with pytest.raises(StageError, match="the teacher broke"):
+        recorded.fill(tmp_path, teacher, before=fail, engines=engines)
+    assert engines[0].closed
+    assert not is_sealed(tmp_path)
+    assert (tmp_path / "train-00000.arrow").exists(), "what was captured before is published"
+    assert not (tmp_path / "train-00001.arrow").exists()
+    with pytest.raises(Incomplete):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("unit", ["train-00000", "train-00001", "dev-00000"])
+def test_W4_a_failing_writer_reaches_the_caller_and_seals_nothing(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    write = cache_module.write_shard
+
+    def full(folder: Path, name: str, *rest: object) -> object:
+        if name == unit:
+            raise StorageFailed("no space left on device", hint="make room")
+        return write(folder, name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cache_module, "write_shard", full)
+    with pytest.raises(StorageFailed, match="no space"):
+        recorded.fill(tmp_path, teacher)
+    assert not is_sealed(tmp_path)
+    assert not (tmp_path / f"{unit}.arrow").exists()
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("shard-writer")] == []
+
+
+def test_W4_a_signal_that_is_no_distribution_is_refused(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest: Callable = recorded.recorded_signal
+
+    def broken(sample: object, spec: object) -> object:
+        signal = honest(sample, spec)
+        return dataclasses.replace(signal, entropy_N=signal.entropy_N * float("nan"))
+
+    monkeypatch.setattr(recorded, "recorded_signal", broken)
+    with pytest.raises(InvalidRecord, match="entropy"):
+        recorded.fill(tmp_path, teacher)
+    assert not is_sealed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"k": 6}, "k"), ({"attention_top_m": 2}, "attention"), ({"attention_depths": (0.25,)}, "attention")],
+)
+def test_W6_another_contract_is_refused_naming_the_field(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, change: dict[str, object], field: str
+) -> None:
+    recorded.fill(tmp_path, teacher)
+    before = contents(tmp_path)
+    with pytest.raises(ContractMismatch, match=field):
+        recorded.fill(tmp_path, teacher, cache=dataclasses.replace(recorded.CACHE, **change))
+    assert contents(tmp_path) == before
+
+
+def test_W6_another_teacher_is_refused(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
+    shards, other = tmp_path / "shards", tmp_path / "other"
+    recorded.fill(shards, teacher)
+    other.mkdir()
+    for path in teacher.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    save_file({"lm_head.weight": torch.ones(300, 16)}, other / "model.safetensors")
+    with pytest.raises(ContractMismatch, match="teacher_fingerprint"):
+        recorded.fill(shards, other)
+
+
+def test_units_of_another_size_are_refused(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
+    def stop_at_5(sample: object) -> None:
+        if sample.sample_id == f"{5:016x}":  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recorded.fill(tmp_path, teacher, before=stop_at_5)
+    with pytest.raises(StageError, match="holds 4 records") as refused:
+        recorded.fill(tmp_path, teacher, cache=dataclasses.replace(recorded.CACHE, records_per_shard=5))
+    assert "records_per_shard" in refused.value.hint
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in teacher.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "tokenizer.json").write_text('{"other": 1}')
+    corpus = recorded.make_corpus(teacher)
+    with pytest.raises(StageError, match="another tokenizer"):
+        cache_module.fill_cache(
+            corpus=corpus,
+            teacher=cache_module.TeacherSettings(model="recorded"),
+            cache=recorded.CACHE,
+            teacher_folder=other,
+            folder=tmp_path / "shards",
+            emit=lambda _: None,
+            engine=lambda folder, settings, spec: recorded.RecordedEngine(spec),
+        )
+
+
+def test_progress_counts_response_tokens_up_to_all(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
+    events: list[Event] = []
+    manifest = recorded.fill(tmp_path, teacher, emit=events.append)
+    progress = [event for event in events if isinstance(event, Progress)]
+    corpus = recorded.make_corpus(teacher)
+    tokens = sum(len(sample.response_ids) for sample in [*corpus.train, *corpus.dev])
+    assert {(event.unit, event.total) for event in progress} == {("response tokens", tokens)}
+    assert [event.done for event in progress] == sorted(event.done for event in progress)
+    assert (progress[-1].done, progress[-1].bytes) == (tokens, manifest.totals()["bytes"])
+
+
+def test_the_plan_covers_every_sample_once() -> None:
+    units = plan_units({"train": 10, "dev": 4, "empty": 0}, 4)
+    assert [(unit.name, unit.start, unit.stop) for unit in units] == [
+        ("train-00000", 0, 4),
+        ("train-00001", 4, 8),
+        ("train-00002", 8, 10),
+        ("dev-00000", 0, 4),
+    ]
+
+
+def test_attention_depths_name_the_layers_of_any_teacher() -> None:
+    depths = CacheSettings().attention_depths
+    assert cache_module.attention_layers(depths, 36) == (12, 24, 35)
+    assert cache_module.attention_layers(depths, 30) == (10, 20, 29)
+    assert cache_module.attention_layers(depths, 2) == (0, 1)
+    assert cache_module.attention_layers((), 30) == ()
