@@ -37,7 +37,7 @@ _MESSAGE_HEADER, _BATCH_COMPRESSION = 2, 3
 """Field numbers in Arrow's Message.fbs: Message.header, RecordBatch.compression."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """Where the parts of a shard lie in its bytes."""
 
@@ -53,7 +53,7 @@ class Frame:
 
 
 def write_frame(batch: pa.RecordBatch, fixed_parts: Iterable[Bytes]) -> bytes:
-    """Serialise a batch into a sealed shard."""
+    """Serialise a batch into a sealed shard. `fixed_parts` are the batch's, as the index covers them."""
     length = len(_arrow_file(batch, 0))
     data = bytearray(_arrow_file(batch, length))
     assert len(data) == length, "the length has a fixed number of digits"
@@ -77,7 +77,9 @@ def split_frame(data: Bytes) -> Frame:
     body_end = footer_start - _END_OF_STREAM
     if body_start > body_end:
         raise Corrupt("the footer overlaps the records", hint=RESTORE)
-    return Frame(data, batch_message, body_start, body_end, footer_start)
+    return Frame(
+        data=data, batch_message=batch_message, body_start=body_start, body_end=body_end, footer_start=footer_start
+    )
 
 
 def refuse_compression(frame: Frame) -> None:
@@ -93,7 +95,7 @@ def refuse_compression(frame: Frame) -> None:
 
 def check_index(frame: Frame, footer_metadata: Mapping[bytes, bytes], fixed_parts: Iterable[Bytes]) -> None:
     """Raise Corrupt if anything that leads to a cell has changed."""
-    footer, stated = _blanked(frame.footer, footer_metadata, b"seal", BLANK_SEAL)[0], footer_metadata.get(b"index", b"")
+    footer, _ = _blanked(frame.footer, footer_metadata, b"seal", BLANK_SEAL)
     footer, stated = _blanked(footer, footer_metadata, b"index", BLANK_INDEX)
     if _index_digest(frame, footer, fixed_parts) != stated:
         raise Corrupt("its header, footer or plain columns differ from their checksum", hint=RESTORE)

@@ -26,7 +26,7 @@ from shards.shard import ShardReader
 
 __all__ = ["ShardReader", "ShardSet", "Split"]
 
-MAX_OPEN = 128
+MAX_OPEN = 256
 
 
 class ShardSet:

@@ -20,6 +20,10 @@ MAX_ROWS = 1 << 20
 MAX_ENTRIES = 1 << 24
 """Kept entries of one record: 262,144 positions at k = 64."""
 
+MAX_PROMPT = 1 << 24
+MAX_COLUMN_BYTES = 1 << 31
+"""Where the 32-bit offsets of a column end."""
+
 CHECK_BYTES = 8
 _TOKENS = pa.list_(pa.field("item", pa.int32(), nullable=False))
 LENGTHS = ("first_position", "positions", "entries", "prompt_length", "response_length")
@@ -59,10 +63,10 @@ def fixed_parts(batch: pa.RecordBatch) -> Iterator[NDArray[np.uint8]]:
             yield _bytes(buffers[2], int(offsets.view(np.int32)[-1]))
 
 
-def cell_check(name: str, row: int, content: bytes | memoryview | NDArray[np.generic]) -> bytes:
+def cell_check(name: str, row: int, cell: bytes | memoryview) -> bytes:
     """BLAKE2b-64 over the column's name, a zero byte, the row as 4 little-endian bytes, and the cell."""
     digest = hashlib.blake2b(name.encode() + b"\0" + row.to_bytes(4, "little"), digest_size=CHECK_BYTES)
-    digest.update(content)  # type: ignore[arg-type]  # numpy arrays are buffers
+    digest.update(cell)
     return digest.digest()
 
 

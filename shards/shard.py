@@ -20,10 +20,21 @@ from numpy.typing import NDArray
 
 from shards import framing
 from shards.codec import codec_for
-from shards.contract import MAX_VOCABULARY, Contract
+from shards.contract import Contract
 from shards.errors import Corrupt, Incomplete, ShardError, Truncated
 from shards.record import Int32, Record
-from shards.schema import CHECK_BYTES, LENGTHS, MAX_ENTRIES, MAX_ROWS, cell_check, cell_names, fixed_parts, schema_for
+from shards.schema import (
+    CHECK_BYTES,
+    LENGTHS,
+    MAX_ENTRIES,
+    MAX_PROMPT,
+    MAX_ROWS,
+    STATISTICS,
+    cell_check,
+    cell_names,
+    fixed_parts,
+    schema_for,
+)
 
 
 class ShardReader:
@@ -78,7 +89,9 @@ class ShardReader:
         return len(self._frame.data)
 
     def numbers(self, name: str) -> NDArray[np.int32] | NDArray[np.float32]:
-        """A plain column of one number a row: lengths, counts or statistics. No payload is read for it."""
+        """A plain column of one number a row, no payload read. Raises ValueError where there is no such column."""
+        if name not in (*LENGTHS, *STATISTICS):
+            raise ValueError(f"no column of numbers {name!r}: there are {', '.join((*LENGTHS, *STATISTICS))}")
         return np.asarray(self._batch.column(name).to_numpy()).copy()
 
     def cell_sizes(self, name: str) -> NDArray[np.int64]:
@@ -142,7 +155,7 @@ class ShardReader:
             (prompt * 4 == self.cell_sizes("prompt_ids"))
             & (response * 4 == self.cell_sizes("response_ids"))
             & (prompt >= 1)
-            & (prompt <= MAX_VOCABULARY)
+            & (prompt <= MAX_PROMPT)
             & (positions >= 1)
             & (first >= 0)
             & (first + positions <= response)

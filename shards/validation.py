@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from shards.contract import AttentionSpec, Contract
 from shards.errors import InvalidRecord
 from shards.record import AttentionSummary, Record
-from shards.schema import MAX_ENTRIES
+from shards.schema import MAX_ENTRIES, MAX_PROMPT
 
 MASS_TOLERANCE = 1e-3
 """How far probabilities computed in single precision may miss their sum."""
@@ -27,6 +27,8 @@ def require_valid(record: Record, contract: Contract) -> None:
 
 
 def _check_tokens(record: Record, contract: Contract) -> None:
+    record.sample_id.encode()  # UnicodeEncodeError is a ValueError
+    _require(len(record.prompt_ids_P) <= MAX_PROMPT, f"a prompt of {len(record.prompt_ids_P)} tokens")
     for name in ("prompt_ids_P", "response_ids_R"):
         ids = getattr(record, name)
         _require(ids.dtype == np.int32 and ids.ndim == 1 and len(ids) > 0, f"{name} must be a row of int32 ids")
@@ -69,6 +71,8 @@ def _check_attention(record: Record, contract: Contract) -> None:
         _require((spec is None) == (summary is None), "attention is there or missing against the contract")
         return
     _check_attention_shapes(summary, spec, record.positions)
+    entries = summary.positions_LNM.size
+    _require(entries <= MAX_ENTRIES, f"{entries} attention keys, at most {MAX_ENTRIES} fit a record")
     keys = len(record.prompt_ids_P) - 1
     kept = min(spec.top_m, keys)
     positions_LNM, weights_LNM = summary.positions_LNM, summary.weights_LNM

@@ -18,8 +18,8 @@ from shards.contract import Contract
 from shards.durable import LOCAL_DISK, Disk, publish
 from shards.framing import write_frame
 from shards.manifest import ShardInfo, require_name
-from shards.record import Record
-from shards.schema import MAX_ROWS, cell_check, cell_names, fixed_parts, schema_for
+from shards.record import Int32, Record
+from shards.schema import MAX_COLUMN_BYTES, MAX_ROWS, cell_check, cell_names, fixed_parts, schema_for
 from shards.validation import require_valid
 
 
@@ -43,30 +43,48 @@ def write_shard(
 
 
 def build_shard(unit: str, split: str, contract: Contract, records: Sequence[Record]) -> bytes:
-    """The bytes of a shard. Raises InvalidRecord before anything is encoded."""
+    """The bytes of a shard. Raises InvalidRecord before anything is encoded, ValueError for too many records."""
     if not 1 <= len(records) <= MAX_ROWS:
         raise ValueError(f"a shard holds 1 to {MAX_ROWS} records, not {len(records)}")
     for record in records:
         require_valid(record, contract)
-    codec = codec_for(contract)
-    cells: dict[str, list[bytes]] = {
-        "prompt_ids": [record.prompt_ids_P.tobytes() for record in records],
-        "response_ids": [record.response_ids_R.tobytes() for record in records],
-        "signal": codec.encode_signals(records),
+    cells = _cells(contract, records)
+    columns = {
+        "sample_id": [record.sample_id for record in records],
+        **_numbers(records),
+        **cells,
+        "checks": [
+            b"".join(cell_check(name, row, _bytes(column[row])) for name, column in cells.items())
+            for row in range(len(records))
+        ],
     }
-    if contract.attention is not None:
-        cells["attention"] = [codec.encode_attention(record) for record in records]
-    names = cell_names(contract)
-    checks = [b"".join(cell_check(name, row, cells[name][row]) for name in names) for row in range(len(records))]
-    columns = {"sample_id": [record.sample_id for record in records], **_numbers(records), **cells, "checks": checks}
-    columns["prompt_ids"] = [record.prompt_ids_P for record in records]
-    columns["response_ids"] = [record.response_ids_R for record in records]
-
     schema = schema_for(contract)
     described = {b"contract": contract.to_json().encode(), b"unit": unit.encode(), b"split": split.encode()}
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema.with_metadata(described))
     return write_frame(batch, fixed_parts(batch))
+
+
+def _cells(contract: Contract, records: Sequence[Record]) -> dict[str, Sequence[Int32] | Sequence[bytes]]:
+    """The columns that are checked cell by cell."""
+    codec = codec_for(contract)
+    columns: dict[str, Sequence[Int32] | Sequence[bytes]] = {
+        "prompt_ids": [record.prompt_ids_P for record in records],
+        "response_ids": [record.response_ids_R for record in records],
+        "signal": codec.encode_signals(records),
+    }
+    if contract.attention is not None:
+        columns["attention"] = [codec.encode_attention(record) for record in records]
+    assert tuple(columns) == cell_names(contract)
+    for name, column in columns.items():
+        size = sum(len(_bytes(cell)) for cell in column)
+        if size >= MAX_COLUMN_BYTES:
+            raise ValueError(f"{name} takes {size} bytes, a column less than {MAX_COLUMN_BYTES}: use fewer records")
+    return columns
+
+
+def _bytes(cell: Int32 | bytes) -> bytes:
+    return cell if isinstance(cell, bytes) else cell.tobytes()
 
 
 def _numbers(records: Sequence[Record]) -> dict[str, object]:

@@ -259,18 +259,21 @@ class ForgetfulDisk(CountingDisk):
                 _apply(self.names, change)
 
     def images(self) -> Iterator[dict[Path, bytes | None]]:
-        """Everything that a power loss now may leave under the root: content by path, None for a folder."""
+        """Everything that a power loss now may leave under the root, once: content by path, None for a folder."""
+        seen: list[dict[Path, bytes | None]] = []
         for kept in itertools.product((False, True), repeat=len(self.pending)):
             names = dict(self.names)
             for change in itertools.compress(self.pending, kept):
                 _apply(names, change)
-            yield {
+            names[self.root] = None
+            image = {
                 path: None if file is None else self.synced[file]
                 for path, file in names.items()
-                if all(
-                    self.root / parent in names for parent in path.relative_to(self.root).parents if parent != Path()
-                )
+                if all(parent in names for parent in path.parents if parent.is_relative_to(self.root))
             }
+            if image not in seen:
+                seen.append(image)
+                yield image
 
     def _truthful(self) -> bool:
         self.syncs += 1
@@ -297,11 +300,12 @@ def refusals() -> tuple[int, ...]:
 
 @pytest.fixture(scope="session")
 def in_child() -> Callable[[Callable[[], None]], int]:
-    """Run a function in a forked process; return the signal that ended it, or 0."""
+    """Run a function in a forked process for at most a minute; return the signal that ended it, or 0."""
 
     def run(function: Callable[[], None]) -> int:
         child = os.fork()
         if child == 0:
+            signal.alarm(60)
             try:
                 function()
             finally:

@@ -312,6 +312,7 @@ NOT_A_SIGNAL: dict[str, tuple[Callable[[Record], Record], str]] = {
     ),
     "positions beyond the response": (with_fields(first_position=1), "positions 1 to 5"),
     "positions before the response": (with_fields(first_position=-1), "positions -1 to 3"),
+    "id that is no text": (with_fields(sample_id="\ud800"), "surrogates"),
     "no attention": (with_fields(attention=None), "against the contract"),
     "attention key 0": (edit_attention("positions_LNM", (0, 0, 0), 0), "outside 1 to 5"),
     "attention key beyond the prompt": (edit_attention("positions_LNM", (0, 0, 0), 6), "outside 1 to 5"),
@@ -331,7 +332,7 @@ def test_W7_what_is_no_signal_is_refused_at_encode(contract: Contract, records: 
     with pytest.raises(InvalidRecord) as error:
         build_shard("u", "train", contract, [records[1], change(records[0])])
     assert message in str(error.value)
-    assert "sample-0" in str(error.value)
+    assert "sample " in str(error.value)
     assert error.value.hint
 
 
