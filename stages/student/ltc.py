@@ -40,7 +40,11 @@ def liquid_step(leak: Tensor, conductance: Tensor, elapsed: Tensor | float, unfo
 
 
 class WiredLinear(nn.Module):
-    """`copies` projections side by side that share one block of synapses; where there is none the weight counts 0."""
+    """`copies` projections side by side that share one block of synapses.
+
+    A weight without a synapse is 0 from the start and stays it, because its gradient is 0. So the product with the
+    mask is left out where no gradient is taken.
+    """
 
     polarity: Tensor
 
@@ -56,7 +60,8 @@ class WiredLinear(nn.Module):
         init.copy_(self.weight, torch.randn(self.weight.shape).abs() * scale)
 
     def forward(self, source: Tensor) -> Tensor:
-        return F.linear(source, (self.weight * self.polarity.abs()).flatten(0, 1))
+        weight = self.weight * self.polarity.abs() if torch.is_grad_enabled() else self.weight
+        return F.linear(source, weight.flatten(0, 1))
 
 
 class LiquidMixer(nn.Module):

@@ -38,6 +38,17 @@ def test_O5_padding_of_the_prompt_changes_nothing(student, batch, tokens, side):
     torch.testing.assert_close(student(padded, mask, response).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_O5_a_gap_in_the_prompt_changes_nothing(student, batch, tokens):
+    """Positions count tokens, not columns."""
+    prompt, response = batch
+    expected = student(prompt, torch.ones_like(prompt), response).logits
+    gap = tokens(2, 5, seed=3)
+    padded = torch.cat([prompt[:, :4], gap, prompt[:, 4:]], 1)
+    mask = torch.ones_like(padded)
+    mask[:, 4:9] = 0
+    torch.testing.assert_close(student(padded, mask, response).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_O5_padding_of_the_response_changes_nothing(student, batch, tokens, side):
     prompt, response = batch
@@ -92,6 +103,13 @@ def test_hidden_times_output_weight_is_the_logits(student, batch):
     logits = student.output_hidden(hidden.decoder_BTD) @ student.output_weight().T
     torch.testing.assert_close(logits, student(prompt, None, response).logits)
     assert hidden.cross_attention is None
+
+
+def test_logits_are_scaled_by_the_root_of_the_width(make_student, batch):
+    student = make_student()
+    hidden_BTD = student.hidden(batch[0], torch.ones_like(batch[0]), batch[1]).decoder_BTD
+    expected = hidden_BTD @ student.get_input_embeddings().weight.T / 32**0.5
+    torch.testing.assert_close(student(batch[0], None, batch[1]).logits, expected)
 
 
 def test_cross_attention_is_the_head_mean_over_all_real_keys(student, batch, tokens):
