@@ -1,14 +1,15 @@
 """A teacher that replays: signals that depend on the sample alone, no model behind them. Also a program.
 
-As a program it works off the plan in a folder that is given, and may be killed while it does:
+As a program it forks writers and kills them:
 
-    recorded.py fill FOLDER TEACHER [SECONDS_A_SAMPLE]
     recorded.py sweep FOLDER TEACHER
+    recorded.py race FOLDER TEACHER
 """
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 import time
@@ -140,9 +141,11 @@ def fill(
 def sweep(folder: Path, teacher: Path) -> int:
     """Die by SIGKILL at the n-th file operation, for every n, each time in a new folder; then finish there undisturbed.
 
-    Forks, so that a death costs no import. Returns how many deaths there were.
+    Forks, after one run in this process, so that a death costs neither imports nor first calls. Returns how many
+    deaths there were.
     """
     torch.set_num_threads(1)
+    fill(folder / "000", teacher)
     for deaths in range(1, 1_000):
         target = folder / f"{deaths:03d}"
         died = os.WIFSIGNALED(_forked(lambda target=target, n=deaths: _fill_and_die(target, teacher, n)))
@@ -151,6 +154,26 @@ def sweep(folder: Path, teacher: Path) -> int:
         if not died:
             return deaths - 1
     raise RuntimeError("it never came to an end")
+
+
+def race(folder: Path, teacher: Path) -> int:
+    """Let one writer, then two, then three at once work in one folder; kill them at random; then let two finish.
+
+    Returns how many were killed before they were done.
+    """
+    torch.set_num_threads(1)
+    rng, killed = random.Random(11), 0
+    for writers in (1, 2, 3):
+        children = [_begin(lambda: fill(folder, teacher, before=lambda _: time.sleep(0.05))) for _ in range(writers)]
+        for child in children:
+            time.sleep(rng.uniform(0.05, 0.3))
+            os.kill(child, signal.SIGKILL)
+        killed += sum(os.WIFSIGNALED(_end(child)) for child in children)
+    last = [_begin(lambda: fill(folder, teacher)) for _ in range(2)]
+    codes = [_end(child) for child in last]
+    if any(codes):
+        raise RuntimeError("an undisturbed writer failed")
+    return killed
 
 
 def _fill_and_die(folder: Path, teacher: Path, at: int) -> None:
@@ -173,6 +196,10 @@ def _fill_and_die(folder: Path, teacher: Path, at: int) -> None:
 
 
 def _forked(work: Callable[[], object]) -> int:
+    return _end(_begin(work))
+
+
+def _begin(work: Callable[[], object]) -> int:
     child = os.fork()
     if child == 0:
         code = 1
@@ -183,14 +210,13 @@ def _forked(work: Callable[[], object]) -> int:
             traceback.print_exc()
         finally:
             os._exit(code)
+    return child
+
+
+def _end(child: int) -> int:
     return os.waitpid(child, 0)[1]
 
 
 if __name__ == "__main__":
-    verb, target, teacher_folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    if verb == "sweep":
-        print(sweep(target, teacher_folder))
-    else:
-        pause = float(sys.argv[4])
-        print("begun", flush=True)
-        fill(target, teacher_folder, before=lambda _: time.sleep(pause))
+    verbs = {"sweep": sweep, "race": race}
+    print(verbs[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3])))

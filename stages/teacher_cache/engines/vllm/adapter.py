@@ -105,6 +105,7 @@ class VllmEngine:
             enable_prefix_caching=False,
             enforce_eager=True,
             load_format="safetensors",
+            use_tqdm_on_load=False,
             skip_tokenizer_init=True,
             disable_log_stats=True,
             seed=0,

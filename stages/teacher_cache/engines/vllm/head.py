@@ -97,8 +97,11 @@ def _join(values_NC: Tensor, ids_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ranks, candidates = get_tensor_model_parallel_world_size(), values_NC.shape[1]
     if ranks == 1:
         return values_NC, ids_NC, torch.arange(candidates, device=ids_NC.device).lt(candidates - 1).expand_as(ids_NC)
-    all_values = tensor_model_parallel_all_gather(values_NC, dim=-1)
-    all_ids = tensor_model_parallel_all_gather(ids_NC, dim=-1)
+    # One message; ids go as the bit patterns of floats, since not every backend gathers integers.
+    message_NC = torch.cat([values_NC, ids_NC.int().view(torch.float32)], dim=-1)
+    gathered = tensor_model_parallel_all_gather(message_NC, dim=-1).view(-1, ranks, 2, candidates)
+    all_values, id_bits = (part.reshape(-1, ranks * candidates) for part in gathered.unbind(dim=2))
+    all_ids = id_bits.view(torch.int32)
     joint_NC, where_NC = select_topk(all_values, candidates)
     kept = torch.zeros_like(all_ids, dtype=torch.bool).scatter_(1, where_NC[:, :-1], True)
     own = get_tensor_model_parallel_rank() * candidates

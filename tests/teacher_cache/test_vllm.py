@@ -1,0 +1,259 @@
+"""The vLLM engine against transformers in fp32, on the real SmolLM2 and under tensor parallelism on a random Qwen3.
+
+One engine in this process serves all tests; the tensor-parallel one runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stages.corpus.sample import Sample
+from stages.errors import StageError
+from stages.teacher_cache.engines.protocol import CaptureSpec
+from stages.teacher_cache.engines.transformers import TransformersEngine
+from stages.teacher_cache.engines.vllm.adapter import VllmEngine
+from stages.teacher_cache.settings import TeacherSettings
+from stages.teacher_cache.signals import AttentionSignal, TeacherSignal
+
+
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return (ours - theirs).abs().max().item()
+
+
+def same_ids(ours: list[TeacherSignal], theirs: list[TeacherSignal]) -> float:
+    """The share of kept ids that both kept, whatever their order."""
+    shared = total = 0
+    for mine, other in zip(ours, theirs, strict=True):
+        for left, right in zip(mine.topk_ids_NK.tolist(), other.topk_ids_NK.tolist(), strict=True):
+            shared, total = shared + len(set(left) & set(right)), total + len(right)
+    return shared / total
+
+
+def require_equal_signals(ours: list[TeacherSignal], theirs: list[TeacherSignal], *, logprobs: float) -> None:
+    assert same_ids(ours, theirs) >= 0.9999
+    for mine, other in zip(ours, theirs, strict=True):
+        assert largest_difference(mine.topk_logprobs_NK, other.topk_logprobs_NK) <= logprobs
+        assert largest_difference(mine.log_tail_N, other.log_tail_N) <= logprobs
+        assert largest_difference(mine.entropy_N, other.entropy_N) <= 2 * logprobs
+        assert mine.attention is not None
+        assert other.attention is not None
+        require_equal_attention(mine.attention, other.attention)
+
+
+def require_equal_attention(ours: AttentionSignal, theirs: AttentionSignal) -> None:
+    assert (ours.positions_LNM == theirs.positions_LNM).double().mean().item() >= 0.999
+    assert largest_difference(ours.weights_LNM, theirs.weights_LNM) <= 1e-5
+    assert largest_difference(ours.sink_LN, theirs.sink_LN) <= 1e-5
+    assert largest_difference(ours.prompt_LN, theirs.prompt_LN) <= 1e-5
+    assert largest_difference(ours.entropy_LN, theirs.entropy_LN) <= 5e-5
+
+
+def test_every_signal_agrees_with_transformers_whole_or_in_chunks(
+    signals: list[TeacherSignal], oracle_signals: list[TeacherSignal]
+) -> None:
+    """Samples longer than the engine's step budget were prefilled in chunks, the others whole."""
+    require_equal_signals(signals, oracle_signals, logprobs=2e-4)
+
+
+def test_a_signal_has_one_row_a_response_token(samples: list[Sample], signals: list[TeacherSignal]) -> None:
+    for sample, signal in zip(samples, signals, strict=True):
+        assert len(signal.topk_ids_NK) == len(sample.response_ids)
+        assert signal.topk_ids_NK.dtype == torch.int32
+
+
+def test_signals_come_in_the_order_of_the_samples(
+    engine: VllmEngine, samples: list[Sample], signals: list[TeacherSignal]
+) -> None:
+    order = [6, 2, 0, 3]
+    again = list(engine.capture([samples[index] for index in order]))
+    require_equal_signals(again, [signals[index] for index in order], logprobs=1e-4)
+
+
+def test_the_same_call_gives_the_same_bits(
+    engine: VllmEngine, samples: list[Sample], signals: list[TeacherSignal]
+) -> None:
+    for first, second in zip(signals, engine.capture(samples), strict=True):
+        for name in ("topk_ids_NK", "topk_logprobs_NK", "log_tail_N", "entropy_N"):
+            assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+def test_a_capture_given_up_leaves_nothing_behind(
+    engine: VllmEngine, samples: list[Sample], signals: list[TeacherSignal]
+) -> None:
+    abandoned: Iterator[TeacherSignal] = engine.capture(samples)
+    next(abandoned)
+    abandoned.close()  # type: ignore[attr-defined]
+    require_equal_signals(list(engine.capture(samples[2:4])), signals[2:4], logprobs=1e-4)
+
+
+def test_prompt_rows_never_reach_the_head(
+    engine: VllmEngine, samples: list[Sample], signals: list[TeacherSignal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.teacher_cache.engines.vllm.head import ResponseHead
+
+    rows: list[int] = []
+    multiply = ResponseHead.logits
+
+    def counted(head: ResponseHead, hidden_ND: Tensor) -> Tensor:
+        rows.append(len(hidden_ND))
+        return multiply(head, hidden_ND)
+
+    monkeypatch.setattr(ResponseHead, "logits", counted)
+    list(engine.capture(samples))
+    assert sum(rows) == sum(len(sample.response_ids) for sample in samples)
+
+
+def test_a_sample_beyond_the_context_is_refused_by_name(engine: VllmEngine, samples: list[Sample]) -> None:
+    long = dataclasses.replace(samples[0], sample_id="f" * 16, prompt_ids=np.ones(300, np.int32))
+    with pytest.raises(StageError, match="f" * 16) as refused:
+        list(engine.capture([samples[1], long]))
+    assert "max_model_len" in refused.value.hint
+
+
+def fake_head(
+    weight: Tensor, head_dtype: torch.dtype, *, padding: int = 0, scale: float = 1.0
+) -> tuple[object, object]:
+    """What a model gives ResponseHead: the vocabulary's shard and vLLM's logits processor, here plain torch."""
+    shard = SimpleNamespace(org_vocab_start_index=0, num_org_elements=weight.shape[0] - padding)
+
+    def multiply(lm_head: SimpleNamespace, hidden: Tensor, _: None, *, skip_gather: bool) -> Tensor:
+        assert skip_gather
+        return (hidden.to(head_dtype) @ lm_head.weight.to(head_dtype).t()) * scale
+
+    processor = SimpleNamespace(soft_cap=None, scale=scale, head_dtype=head_dtype)
+    processor_class = type("Processor", (), {"__call__": staticmethod(multiply), **vars(processor)})
+    return SimpleNamespace(weight=weight, shard_indices=shard), processor_class()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_an_fp32_head_over_a_bfloat16_body_is_exact_to_fp32(
+    engine: VllmEngine, signals: list[TeacherSignal], scale: float
+) -> None:
+    """Whatever unit does the product; the padding of the vocabulary holds huge weights that must not be seen."""
+    from stages.teacher_cache.engines.vllm.head import ResponseHead
+
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(1_024, 96, generator=generator).bfloat16()
+    weight[1_000:] = 1e4
+    hidden = torch.randn(70, 96, generator=generator).bfloat16()
+    head = ResponseHead(*fake_head(weight, torch.float32, padding=24, scale=scale), 16)
+    truth = hidden.double() @ weight[:1_000].double().t() * scale
+    assert (head.logits(hidden).double() - truth).abs().max().item() < 1e-4
+    rows = torch.zeros(70, 2 * 16 + 2, dtype=torch.int32)
+    head.summarise(hidden, rows)
+    expected = truth.log_softmax(dim=-1).topk(16)
+    assert torch.equal(rows[:, :16].long(), expected.indices)
+    assert (rows[:, 16:32].contiguous().view(torch.float32).double() - expected.values).abs().max().item() < 1e-4
+
+
+def test_a_head_in_blocks_is_the_head_in_one(
+    engine: VllmEngine, signals: list[TeacherSignal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.teacher_cache.engines.vllm import head as module
+
+    generator = torch.Generator().manual_seed(4)
+    weight, hidden = torch.randn(640, 32, generator=generator), torch.randn(50, 32, generator=generator)
+    whole, blocks = (torch.zeros(50, 2 * 8 + 2, dtype=torch.int32) for _ in range(2))
+    module.ResponseHead(*fake_head(weight, torch.float32), 8).summarise(hidden, whole)
+    monkeypatch.setattr(module, "_LOGITS_BYTES", 7 * 640 * 4)
+    monkeypatch.setattr(module, "_CACHE_BYTES", 3 * 640 * 4)
+    module.ResponseHead(*fake_head(weight, torch.float32), 8).summarise(hidden, blocks)
+    assert torch.equal(whole[:, :8], blocks[:, :8])
+    floats = [rows[:, 8:].contiguous().view(torch.float32) for rows in (whole, blocks)]
+    assert largest_difference(*floats) < 1e-5
+
+
+def test_soft_caps_and_too_large_k_are_refused(engine: VllmEngine, signals: list[TeacherSignal]) -> None:
+    from stages.teacher_cache.engines.vllm.head import ResponseHead
+
+    lm_head, processor = fake_head(torch.zeros(64, 8), torch.float32)
+    with pytest.raises(StageError, match="holds 64 ids"):
+        ResponseHead(lm_head, processor, 64)
+    processor.soft_cap = 30.0  # type: ignore[attr-defined]
+    with pytest.raises(StageError, match="soft-caps"):
+        ResponseHead(lm_head, processor, 8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("has_sink", True, "sinks"),
+        ("kv_sharing_target_layer_name", "model.layers.0", "shared"),
+        ("impl", SimpleNamespace(scale=1.0, logits_soft_cap=50.0), "soft cap"),
+        ("impl", SimpleNamespace(scale=1.0, alibi_slopes=torch.ones(1)), "ALiBi"),
+    ],
+)
+def test_attention_that_is_no_plain_softmax_is_refused_by_name(
+    engine: VllmEngine, signals: list[TeacherSignal], field: str, value: object, named: str
+) -> None:
+    from stages.teacher_cache.engines.vllm.attention import LayerAttention
+
+    module = SimpleNamespace(has_sink=False, impl=SimpleNamespace(scale=1.0), layer_name="model.layers.3.attn")
+    setattr(module, field, value)
+    with pytest.raises(StageError, match=named):
+        LayerAttention(module, 4)  # type: ignore[arg-type]
+
+
+def test_an_unknown_architecture_is_refused_listing_the_known(
+    tmp_path: Path, spec: CaptureSpec, samples: list[Sample]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Gemma2ForCausalLM"]}))
+    with pytest.raises(StageError, match="Gemma2ForCausalLM") as refused:
+        list(VllmEngine(tmp_path, TeacherSettings(), spec).capture(samples[:1]))
+    for known in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        assert known in refused.value.hint
+
+
+TP_SPEC = CaptureSpec(k=24, attention_layers=(0, 2), attention_top_m=6)
+
+
+def tp_samples() -> list[Sample]:
+    """Random ids, with those of the second rank's shard among them; the second sample is prefilled in chunks."""
+    rng = np.random.default_rng(5)
+    return [
+        Sample(
+            sample_id=f"{prompt:016x}",
+            prompt_ids=rng.integers(0, 1_000, prompt).astype(np.int32),
+            response_ids=rng.integers(0, 1_000, response).astype(np.int32),
+        )
+        for prompt, response in ((1, 4), (40, 50), (12, 1))
+    ]
+
+
+def test_two_tensor_parallel_ranks_agree_with_transformers(tmp_path: Path, tiny_qwen3: Path) -> None:
+    program = Path(__file__).with_name("capture_tp.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, str(program), str(tiny_qwen3), str(tmp_path), json.dumps(dataclasses.asdict(TP_SPEC))],
+        input=json.dumps([[sample.prompt_ids.tolist(), sample.response_ids.tolist()] for sample in tp_samples()]),
+        text=True,
+        check=True,
+        env=environment,
+    )
+    ours = [_loaded(tmp_path / f"{index}.safetensors") for index in range(len(tp_samples()))]
+    theirs = list(TransformersEngine(tiny_qwen3, TP_SPEC).capture(tp_samples()))
+    require_equal_signals(ours, theirs, logprobs=2e-4)
+    kept = torch.cat([signal.topk_ids_NK.flatten() for signal in ours])
+    assert (kept < 1_000).all(), "nothing of the vocabulary's padding"
+    assert (kept < 512).any()
+    assert (kept >= 512).any(), "both ranks contribute"
+
+
+def _loaded(path: Path) -> TeacherSignal:
+    tensors = load_file(path)
+    attention = AttentionSignal(**{name[1:]: tensor for name, tensor in tensors.items() if name.startswith("_")})
+    return TeacherSignal(**{name: t for name, t in tensors.items() if not name.startswith("_")}, attention=attention)
