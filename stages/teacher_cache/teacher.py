@@ -81,10 +81,16 @@ def publish_teacher(source: Path, shards: Path, pca_width: int) -> None:
     remove_abandoned(target)
     for path in tokenizer_files(source):
         publish(target, path.name, path.read_bytes())
-    facts = json.dumps(asdict(read_facts(source)), indent=1, sort_keys=True)
-    publish(target, FACTS_FILE, f"{facts}\n".encode())
+    facts = read_facts(source)
+    document = json.dumps(asdict(facts), indent=1, sort_keys=True)
+    publish(target, FACTS_FILE, f"{document}\n".encode())
     if not (target / PCA_FILE).exists():
         publish(target, PCA_FILE, save({PCA_TENSOR: head_components(_head(source), pca_width).half()}))
+    elif _width(target / PCA_FILE) != min(pca_width, facts.hidden_size):
+        raise StageError(
+            f"{target / PCA_FILE} holds {_width(target / PCA_FILE)} components, cache.pca_width is {pca_width}",
+            hint="cache.pca_width must stay what it was when this set was begun",
+        )
 
 
 def head_components(head_VD: Tensor, width: int) -> Tensor:
@@ -102,6 +108,11 @@ def head_components(head_VD: Tensor, width: int) -> Tensor:
     largest_W = directions_DW.gather(0, directions_DW.abs().argmax(dim=0, keepdim=True))
     directions_DW = directions_DW * largest_W.sign()
     return torch.cat([((rows.double() - mean_D) @ directions_DW).float() for rows in head_VD.split(_PCA_ROWS)])
+
+
+def _width(path: Path) -> int:
+    with safe_open(path, framework="pt") as file:
+        return int(file.get_slice(PCA_TENSOR).get_shape()[1])
 
 
 def _head(folder: Path) -> Tensor:
