@@ -16,6 +16,7 @@ import pytest
 from shards.contract import AttentionSpec, Contract
 from shards.durable import LocalDisk
 from shards.record import AttentionSummary, Record
+from shards.writer import build_shard
 
 CONTRACT = Contract(
     codec="topk-planes/1",
@@ -96,6 +97,13 @@ def records() -> list[Record]:
         synthetic_record(CONTRACT, 1, prompt=2, response=1),
         synthetic_record(CONTRACT, 2, prompt=9, response=7, first=2),
     ]
+
+
+@pytest.fixture
+def shard(tmp_path: Path, contract: Contract, records: list[Record]) -> Path:
+    path = tmp_path / "train-00000.arrow"
+    path.write_bytes(build_shard("train-00000", "train", contract, records))
+    return path
 
 
 def require_same(left: Record, right: Record) -> None:

@@ -1,0 +1,350 @@
+"""R3 to R5: forged shards, whose every checksum agrees: no bytes, however made, do more than raise a ShardError."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import struct
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import zstandard
+
+from shards import framing
+from shards.contract import Contract
+from shards.errors import ContractMismatch, Corrupt, ShardError, UnknownVersion
+from shards.manifest import ShardInfo
+from shards.record import Record
+from shards.schema import cell_check, cell_names, fixed_parts
+from shards.shard import ShardReader
+
+Same = Callable[[Record, Record], None]
+Change = Callable[[dict[str, Any]], None]
+
+
+def read_all(path: Path) -> list[Record]:
+    with ShardReader.open(path) as shard:
+        return [shard[row] for row in range(len(shard))]
+
+
+def forge(
+    path: Path,
+    change: Callable[[dict[str, Any]], None],
+    *,
+    metadata: dict[bytes, bytes] | None = None,
+    checks: bool = True,
+) -> None:
+    """Rewrite a shard with changed columns under valid checksums. `change` edits a dict of column -> list of rows."""
+    file = pa.ipc.open_file(pa.py_buffer(path.read_bytes()))
+    batch = file.get_batch(0)
+    columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
+    change(columns)
+    stated = {**file.schema.metadata, **(metadata or {})}
+    schema = file.schema.with_metadata({key: value for key, value in stated.items() if key != framing.LENGTH_KEY})
+    names = [name for name in ("prompt_ids", "response_ids", "signal", "attention") if name in columns]
+    columns["checks"] = [
+        b"".join(cell_check(name, row, _bytes(columns[name][row])) for name in names)
+        for row in range(len(columns["checks"]))
+    ]
+    forged = pa.RecordBatch.from_arrays([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    path.write_bytes(framing.write_frame(forged, fixed_parts(forged)))
+
+
+def _bytes(cell: Any) -> bytes:
+    return cell if isinstance(cell, bytes) else np.array(cell, np.int32).tobytes()
+
+
+def replace_frame(cell: bytes, number: int, frame: bytes) -> bytes:
+    """A payload cell with one of its zstandard frames exchanged. The signal cell has 4 frames at V = 300."""
+    sizes = list(struct.unpack_from("<4I", cell))
+    starts = [16 + sum(sizes[:index]) for index in range(4)]
+    frames = [cell[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    frames[number] = frame
+    return struct.pack("<4I", *map(len, frames)) + b"".join(frames)
+
+
+def in_row(name: str, row: int, value: Any) -> Change:
+    def change(columns: dict[str, Any]) -> None:
+        columns[name][row] = value(columns[name][row]) if callable(value) else value
+
+    return change
+
+
+def require_refused(path: Path, error: type[ShardError], match: str | None = None) -> None:
+    with pytest.raises(error, match=match):
+        read_all(path)
+
+
+def test_a_forgery_that_changes_nothing_reads_as_before(shard: Path, same: Same) -> None:
+    before = read_all(shard)
+    data = shard.read_bytes()
+    forge(shard, lambda columns: None)
+    assert shard.read_bytes() == data
+    for left, right in zip(before, read_all(shard), strict=True):
+        same(left, right)
+
+
+def contract_json(contract: Contract, **changes: object) -> dict[bytes, bytes]:
+    return {b"contract": json.dumps({**json.loads(contract.to_json()), **changes}).encode()}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"format_version": 2}, UnknownVersion, "format version 2"),
+        ({"format_version": None}, UnknownVersion, "format version None"),
+        ({"codec": "topk-planes/9"}, UnknownVersion, "topk-planes/9"),
+        ({"k": 5}, Corrupt, "contradict"),
+        ({"k": 0}, Corrupt, "k must be"),
+        ({"k": "4"}, Corrupt, "k must be"),
+        ({"k": 10**30}, Corrupt, "k must be"),
+        ({"vocab_size": 1 << 25}, Corrupt, "vocab_size must be"),
+        ({"vocab_size": 200}, Corrupt, None),
+        ({"attention": 7}, Corrupt, None),
+        ({"attention": {"layers": [1], "top_m": 1 << 20}}, Corrupt, "top_m must be"),
+        ({"attention": None}, Corrupt, "columns are not those"),
+        ({"surprise": 1}, Corrupt, "surprise"),
+        ({"teacher": ["x"]}, Corrupt, "teacher must be text"),
+    ],
+)
+def test_R3_a_foreign_or_senseless_contract_has_its_own_error(
+    shard: Path, contract: Contract, change: dict[str, object], error: type[ShardError], match: str | None
+) -> None:
+    forge(shard, lambda columns: None, metadata=contract_json(contract, **change))
+    require_refused(shard, error, match)
+
+
+@pytest.mark.parametrize(
+    "change", [{"tokenizer_fingerprint": "9"}, {"vocab_size": 301}, {"teacher_fingerprint": "9"}], ids=str
+)
+def test_R3_a_foreign_tokenizer_vocabulary_or_teacher_is_named(
+    shard: Path, contract: Contract, change: dict[str, Any]
+) -> None:
+    ours = dataclasses.replace(contract, **change)
+    with pytest.raises(ContractMismatch, match=next(iter(change))):
+        ShardInfo.of(shard, contract=ours)
+
+
+def within_memory(in_child: Callable[..., int], action: Callable[[], None], *, megabytes: int = 256) -> None:
+    """Run an action in a child that may not grow by more than so much. Its failure is a signal."""
+
+    def limited() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os.abort()
+
+    assert in_child(limited) == 0
+
+
+HUGE = 1 << 31
+
+
+def zeros(size: int) -> bytes:
+    """A frame that states and holds `size` zero bytes, made without holding them."""
+    compressor = zstandard.ZstdCompressor(level=1).compressobj(size=size)
+    block = bytes(1 << 20)
+    return b"".join(compressor.compress(block) for _ in range(size >> 20)) + compressor.flush()
+
+
+def stateless_zeros(size: int) -> bytes:
+    compressor = zstandard.ZstdCompressor(level=1, write_content_size=False).compressobj()
+    block = bytes(1 << 20)
+    return b"".join(compressor.compress(block) for _ in range(size >> 20)) + compressor.flush()
+
+
+@pytest.mark.parametrize("frame", [zeros, stateless_zeros])
+def test_R4_a_frame_that_expands_without_end_is_not_expanded(
+    shard: Path, in_child: Callable[..., int], frame: Callable[[int], bytes]
+) -> None:
+    bomb = frame(HUGE)
+    assert len(bomb) < HUGE >> 10
+    forge(shard, in_row("signal", 0, lambda cell: replace_frame(cell, 2, bomb)))
+    within_memory(in_child, lambda: require_refused(shard, Corrupt, "does not state"))
+
+
+def test_R4_a_frame_that_holds_more_than_it_states_is_not_expanded(shard: Path, in_child: Callable[..., int]) -> None:
+    with ShardReader.open(shard) as reader:
+        entries = reader[0].topk_ids_NK.size
+    liar = bytearray(zstandard.ZstdCompressor().compress(bytes(1 << 20)))
+    honest = zstandard.ZstdCompressor().compress(bytes(entries))
+    # Header of the honest frame, blocks of the big one.
+    lie = honest[:6] + bytes(liar[zstandard.frame_header_size(bytes(liar)) :])
+    assert zstandard.frame_content_size(lie) == entries
+    forge(shard, in_row("signal", 0, lambda cell: replace_frame(cell, 2, lie)))
+    within_memory(in_child, lambda: require_refused(shard, Corrupt, "cannot be expanded"))
+
+
+def test_R4_compressed_arrow_buffers_are_refused_before_they_are_expanded(
+    shard: Path, in_child: Callable[..., int]
+) -> None:
+    file = pa.ipc.open_file(pa.py_buffer(shard.read_bytes()))
+    batch = file.get_batch(0)
+    index = batch.schema.get_field_index("signal")
+    big = pa.array([bytes(1 << 26)] * 3, pa.binary())
+    columns = [big if number == index else column for number, column in enumerate(batch.columns)]
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    blanks = {b"index": framing.BLANK_INDEX, b"seal": framing.BLANK_SEAL}
+    with pa.ipc.new_file(sink, file.schema, options=options, metadata=blanks) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=file.schema))
+    shard.write_bytes(bytes(sink.getvalue()))
+    assert shard.stat().st_size < 1 << 20
+    within_memory(in_child, lambda: require_refused(shard, Corrupt, "compressed, which no shard"), megabytes=64)
+
+
+def numbers(**values: int) -> Change:
+    def change(columns: dict[str, Any]) -> None:
+        for name, value in values.items():
+            columns[name][0] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"positions": 1 << 28, "entries": 1 << 30},
+        {"positions": 0, "entries": 0},
+        {"positions": -1, "entries": -4},
+        {"positions": 6, "entries": 24},
+        {"entries": 19},
+        {"first_position": 1},
+        {"first_position": -1},
+        {"prompt_length": 1 << 30},
+        {"prompt_length": 0},
+        {"response_length": 1 << 30},
+    ],
+    ids=str,
+)
+def test_R4_counts_beyond_what_the_file_holds_are_refused_at_open(
+    shard: Path, in_child: Callable[..., int], values: dict[str, int]
+) -> None:
+    forge(shard, numbers(**values))
+    within_memory(in_child, lambda: require_refused(shard, Corrupt, "contradict"))
+
+
+def compressed(values: Any, dtype: type) -> bytes:
+    return zstandard.ZstdCompressor().compress(np.array(values, dtype).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("signal", b"", "within its header"),
+        ("signal", lambda cell: cell[:-1], "do not fill it"),
+        ("signal", lambda cell: cell + b"\0", "do not fill it"),
+        ("signal", lambda cell: replace_frame(cell, 0, b"no frame"), "cannot be expanded"),
+        ("signal", lambda cell: replace_frame(cell, 0, compressed([255] * 20, np.uint8)), "outside a vocabulary"),
+        ("attention", lambda cell: replace_attention(cell, 0, 200), "key"),
+        ("attention", lambda cell: replace_attention(cell, 1, 64), "share 64"),
+        ("prompt_ids", [300] * 6, "outside the vocabulary"),
+        ("prompt_ids", [-1] * 6, "outside the vocabulary"),
+        ("response_ids", [300] * 5, "outside the vocabulary"),
+    ],
+)
+def test_R5_a_payload_that_means_nothing_is_corrupt(shard: Path, name: str, value: Any, match: str) -> None:
+    forge(shard, in_row(name, 0, value))
+    require_refused(shard, Corrupt, f"record 0: .*{match}")
+
+
+def replace_attention(cell: bytes, number: int, value: int) -> bytes:
+    """The attention cell of the first record: 2 layers x 5 positions x 3 keys of one plane, shares, scalars."""
+    sizes = struct.unpack_from("<3I", cell)
+    starts = [12, 12 + sizes[0], 12 + sizes[0] + sizes[1]]
+    frames = [cell[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    frames[number] = compressed([value] * 30, np.uint8)
+    return struct.pack("<3I", *map(len, frames)) + b"".join(frames)
+
+
+def reseal(data: bytearray) -> None:
+    """Make index and seal of damaged bytes agree, where there is still a frame and a batch to take them of."""
+    frame = framing.split_frame(np.frombuffer(bytes(data), np.uint8))
+    framing.refuse_compression(frame)
+    file = pa.ipc.open_file(pa.py_buffer(bytes(data)))
+    metadata = dict(file.metadata or {})
+    batch = file.get_batch(0)
+    batch.validate()
+    footer = frame.footer.replace(metadata[b"seal"], framing.BLANK_SEAL).replace(
+        metadata[b"index"], framing.BLANK_INDEX
+    )
+    index = framing._index_digest(frame, footer, fixed_parts(batch))
+    at = frame.footer_start + frame.footer.index(metadata[b"index"])
+    data[at : at + 64] = index
+    at = frame.footer_start + frame.footer.index(metadata[b"seal"])
+    data[at : at + 64] = framing.BLANK_SEAL
+    data[at : at + 64] = framing.hashlib.sha256(data).hexdigest().encode()
+
+
+def fuzz_bytes(path: Path, data: bytes, rng: np.random.Generator, rounds: int) -> tuple[int, int]:
+    """Damage, recompute index and seal, read. Returns how many inputs were resealed and how many were refused."""
+    resealed = refused = 0
+    for _ in range(rounds):
+        damaged = bytearray(data)
+        for offset in rng.integers(0, len(data), rng.integers(1, 4)):
+            damaged[offset] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.integers(256)])
+        try:
+            reseal(damaged)
+            resealed += 1
+        except (ShardError, pa.ArrowException, OSError, ValueError, KeyError, IndexError):
+            pass
+        path.write_bytes(damaged)
+        try:
+            with ShardReader.open(path) as shard:
+                shard.verify()
+            read_all(path)
+        except ShardError:
+            refused += 1
+    return resealed, refused
+
+
+def test_R5_damaged_bytes_under_recomputed_checksums_raise_nothing_but_shard_errors(
+    shard: Path,
+) -> None:
+    resealed, refused = fuzz_bytes(shard, shard.read_bytes(), np.random.default_rng(5), 2_000)
+    assert resealed > 1_000
+    assert refused > 1_000
+
+
+@pytest.mark.long
+def test_R5_long_fuzz(shard: Path) -> None:
+    fuzz_bytes(shard, shard.read_bytes(), np.random.default_rng(55), 40_000)
+
+
+def test_R5_damaged_payloads_under_recomputed_checks_raise_nothing_but_shard_errors(
+    shard: Path, contract: Contract
+) -> None:
+    data, rng, refused = shard.read_bytes(), np.random.default_rng(6), 0
+    for _ in range(800):
+        shard.write_bytes(data)
+        name = str(rng.choice(["signal", "attention"]))
+
+        def damage(cell: bytes) -> bytes:
+            damaged = bytearray(cell)
+            for offset in rng.integers(0, len(cell), rng.integers(1, 5)):
+                damaged[offset] ^= 1 << int(rng.integers(8))
+            return bytes(damaged[: rng.integers(len(damaged))] if rng.random() < 0.1 else damaged)
+
+        forge(shard, in_row(name, int(rng.integers(3)), damage))
+        try:
+            for record in read_all(shard):
+                assert np.isfinite(record.topk_logprobs_NK).all()
+                assert record.topk_ids_NK.max() < contract.vocab_size
+        except ShardError:
+            refused += 1
+    assert refused > 400
+
+
+def test_the_checked_cells_are_those_of_the_contract(contract: Contract) -> None:
+    assert cell_names(contract) == ("prompt_ids", "response_ids", "signal", "attention")
+    assert cell_names(dataclasses.replace(contract, attention=None)) == ("prompt_ids", "response_ids", "signal")
