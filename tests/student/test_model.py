@@ -280,3 +280,14 @@ def test_every_parameter_has_its_place_and_kind(student):
     for fact in facts.values():
         assert dataclasses.is_dataclass(fact)
         assert fact.kind in ("liquid", "matrix" if fact.parameter.ndim > 1 else "norm_or_bias")
+
+
+def test_hidden_states_are_the_embeddings_and_every_layer(student, batch):
+    prompt, response = batch
+    output = student(prompt, None, response, output_hidden_states=True, output_attentions=True)
+    assert len(output.encoder_hidden_states) == len(output.decoder_hidden_states) == 3
+    assert torch.equal(output.encoder_hidden_states[-1], output.encoder_last_hidden_state)
+    assert torch.equal(output.decoder_hidden_states[0], student.get_input_embeddings()(response))
+    logits = student.lm_head(student.output_hidden(output.decoder_hidden_states[-1]))
+    torch.testing.assert_close(logits, output.logits)
+    assert [weights.shape for weights in output.encoder_attentions] == [(2, 2, PROMPT, PROMPT)] * 2
