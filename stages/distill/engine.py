@@ -30,7 +30,7 @@ from stages.distill.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Where each of DeepSpeed's optimisers keeps this rank's part of the fp32 weights, flat.
-_FLAT_WEIGHTS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+_FLAT_WEIGHTS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -81,8 +81,8 @@ class Engine:
         return terms
 
     def backward(self, objective: Tensor) -> None:
-        """Add up gradients of a micro-batch, averaged over ranks but not over micro-batches."""
-        self._engine.backward(objective, scale_wrt_gas=False)
+        """Add up gradients of a micro-batch, as a mean over ranks and over the micro-batches of a step."""
+        self._engine.backward(objective)
 
     def step(self) -> float:
         """Clip, update and clear, if this was the last micro-batch of a step; the gradient's norm before clipping."""
@@ -103,6 +103,7 @@ class Engine:
 
     def state(self) -> TrainingState:
         """Everything, gathered on every rank, in CPU memory of rank 0 alone (elsewhere the mappings are empty)."""
+        self._link_moments()
         weights, moments = {}, {moment: {} for moment in MOMENTS}  # type: ignore[var-annotated]
         for name, parameter in self._student.named_parameters():
             gathered = {key: self._gather(parameter, key) for key in (None, *MOMENTS)}
@@ -121,8 +122,7 @@ class Engine:
                 "step": torch.tensor(float(state.updates), dtype=torch.float32, device=flat.device),
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
-        if link := getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None):
-            link()
+        self._link_moments()
         for name, parameter in self._student.named_parameters():
             self._scatter(parameter, state.weights[name], None)
             for moment in MOMENTS:
@@ -171,6 +171,15 @@ class Engine:
         else:
             utils.safe_set_full_optimizer_state(parameter, whole, key)
 
+    def _link_moments(self) -> None:
+        """Tell stages 1 and 2 where each parameter's moments lie.
+
+        DeepSpeed does so once, after the first group's first update, when the other groups have none yet.
+        """
+        if self._stage in (1, 2) and self._base.state:
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
     def _master(self, parameter: nn.Parameter) -> Tensor:
         """The fp32 tensor that stage 0 steps for a parameter: itself, or the copy that a 16-bit optimiser keeps."""
         narrow, wide = (getattr(self._optimizer, name, None) for name in ("fp16_groups", "fp32_groups"))
@@ -187,7 +196,7 @@ class Engine:
         return [parameter for group in self._base.param_groups for parameter in group["params"]]
 
     def _updates(self) -> int:
-        return next((int(state["step"]) for state in self._base.state.values()), 0)
+        return max((int(state["step"]) for state in self._base.state.values() if state), default=0)
 
     @property
     def _loss_scaler(self) -> Any:
@@ -210,8 +219,8 @@ def _configuration(settings: DistillSettings, precision: str, share: Share) -> d
         zero["offload_optimizer"] = {"device": "cpu"}
     if settings.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
-    # Without ZeRO, DeepSpeed adds up gradients in the model's own type and in no other.
-    sums = {"grad_accum_dtype": "fp32"} if settings.zero_stage else {}
+    # Stage 0 adds up gradients in the model's own type only; stage 1 would change to another, unquiet optimiser.
+    sums = {"grad_accum_dtype": "fp32"} if settings.zero_stage >= 2 else {}
     return {
         "train_micro_batch_size_per_gpu": share.micro_batch,
         "gradient_accumulation_steps": share.accumulation,
@@ -220,7 +229,7 @@ def _configuration(settings: DistillSettings, precision: str, share: Share) -> d
         "zero_force_ds_cpu_optimizer": False,
         "data_types": sums,
         "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16"},
+        "fp16": {"enabled": precision == "fp16", "initial_scale_power": 12, "hysteresis": 1},
         "steps_per_print": None,
     }
 

@@ -64,10 +64,12 @@ def take_step(
     """
     start, waited = time.perf_counter(), batches.waited
     sums = torch.zeros(*plan.micro_batches.shape[:2], len(SUMS), dtype=torch.float64)
+    # The engine takes a mean over ranks and micro-batches, whatever each of them holds: undo it.
+    scale = sums.shape[0] * sums.shape[1] / plan.positions
     for turn in range(sums.shape[0]):
         if turn:
             engine.step()  # between micro-batches it counts, and no more
-        terms = engine.forward(next(batches), scale=world.size / plan.positions, attention_factor=plan.attention_factor)
+        terms = engine.forward(next(batches), scale=scale, attention_factor=plan.attention_factor)
         engine.backward(terms.objective)
         sums[turn, world.rank] = terms.sums.to(sums.device)
     asides = torch.tensor([batches.waited - waited, float(stop())], dtype=torch.float64)
