@@ -7,7 +7,6 @@ each a mean over the predicted positions of the GLOBAL batch, so that no term de
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from stages.distill.settings import ObjectiveSettings
 if TYPE_CHECKING:
     from stages.student.model import MiniCodformerForConditionalGeneration
 
-LOSSES: Mapping[str, RowLoss] = {
+LOSSES: dict[str, RowLoss] = {
     "tail_bucket_kl": tail_bucket_kl,
     "topk_kl_renormalised": topk_kl_renormalised,
     "ce": cross_entropy,

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from shards.contract import AttentionSpec, Contract
 from shards.manifest import begin, seal
 from shards.record import AttentionSummary, Record
 from shards.writer import write_shard
 from stages.distill.settings import DistillSettings, ObjectiveSettings
+from stages.distill.train import TrainResult, train
+from stages.events import Event, Metric
 from stages.student.shape import StudentShape
+
+sys.path.append(str(Path(__file__).parent))  # so that child processes find rank_worker
+import rank_worker
 
 VOCAB, K, TOP_M, LAYERS = 211, 8, 4, 2
 START, END = 0, 1
@@ -143,7 +155,7 @@ def settings() -> DistillSettings:
     return DistillSettings(
         epochs=3,
         global_batch=12,
-        micro_batch=4,
+        micro_batch=6,
         learning_rate=3e-3,
         precision="fp32",
         checkpoint_every=3,
@@ -154,6 +166,138 @@ def settings() -> DistillSettings:
 @pytest.fixture(scope="session")
 def objective() -> ObjectiveSettings:
     return ObjectiveSettings()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a finished, stopped or dead run left behind."""
+
+    run: Path
+    result: TrainResult | None
+    events: list[Event]
+    error: Exception | None = None
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """The loss of every step that was taken."""
+        return self._metric("loss")
+
+    @property
+    def grad_norms(self) -> dict[int, float]:
+        return self._metric("grad_norm")
+
+    def _metric(self, name: str) -> dict[int, float]:
+        metrics = [event for event in self.events if isinstance(event, Metric)]
+        return {metric.step: metric.values[name] for metric in metrics if name in metric.values}
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.run / "final_model" / "model.safetensors")
+
+
+Arguments = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def arguments(shards: Path, settings: DistillSettings, objective: ObjectiveSettings, shape: StudentShape) -> Arguments:
+    """All that `train` wants but the run directory."""
+    return {"shards": shards, "settings": settings, "objective": objective, "shape": shape}
+
+
+@pytest.fixture(scope="session")
+def train_here(arguments: Arguments) -> Callable[..., Outcome]:
+    """Train in this process, as its only rank; settings can be changed by name."""
+
+    def run(folder: Path, *, emit: Callable[[Event], None] | None = None, **changes: Any) -> Outcome:
+        events: list[Event] = []
+
+        def hear(event: Event) -> None:
+            events.append(event)
+            if emit:
+                emit(event)
+
+        result = train(**with_changes(arguments, changes), run=folder, emit=hear)
+        return Outcome(run=folder, result=result, events=events)
+
+    return run
+
+
+def with_changes(arguments: Mapping[str, Any], changes: Mapping[str, Any]) -> Arguments:
+    whole = {name: value for name, value in changes.items() if name in arguments}
+    fields = {name: value for name, value in changes.items() if name not in arguments}
+    merged = {**arguments, **whole}
+    return {**merged, "settings": dataclasses.replace(merged["settings"], **fields)}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(train_here: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """One rank, start to finish: what every disturbed run must come to."""
+    return train_here(tmp_path_factory.mktemp("undisturbed"))
+
+
+class Ranks:
+    """Ranks of one run, as processes."""
+
+    def __init__(self, processes: list[BaseProcess], ears: list[Connection], run: Path) -> None:
+        self._processes, self._ears, self._run = processes, ears, run
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+    def terminate(self) -> None:
+        for process in self._processes:
+            process.terminate()
+
+    def hear(self) -> Event | TrainResult | Exception | None:
+        """The next thing rank 0 says; None when it is gone."""
+        try:
+            said: Event | TrainResult | Exception = self._ears[0].recv()
+        except (EOFError, ConnectionResetError):
+            return None
+        return said
+
+    def join(self) -> Outcome:
+        events: list[Event] = []
+        result, error = None, None
+        while (said := self.hear()) is not None:
+            if isinstance(said, TrainResult):
+                result = said
+            elif isinstance(said, Exception):
+                error = said
+            else:
+                events.append(said)
+        for process in self._processes:
+            process.join()
+        return Outcome(run=self._run, result=result, events=events, error=error)
+
+
+StartRanks = Callable[..., Ranks]
+
+
+@pytest.fixture(scope="session")
+def start_ranks(arguments: Arguments) -> StartRanks:
+    """Train in processes of their own, forked from one that has everything imported: a second instead of ten."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["rank_worker", "deepspeed"])
+
+    def start(folder: Path, world: int, *, die_at_flush: int = 0, **changes: Any) -> Ranks:
+        port = rank_worker.free_port()
+        processes: list[BaseProcess] = []
+        ears = []
+        for rank in range(world):
+            ear, mouth = server.Pipe(duplex=False)
+            chosen = {**with_changes(arguments, changes), "run": folder}
+            process = server.Process(
+                target=rank_worker.run_rank, args=(rank, world, port, chosen, mouth, die_at_flush), daemon=True
+            )
+            process.start()
+            mouth.close()
+            processes.append(process)
+            ears.append(ear)
+        return Ranks(processes, ears, folder)
+
+    return start
 
 
 @pytest.fixture(scope="session", autouse=True)
