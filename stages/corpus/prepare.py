@@ -171,6 +171,7 @@ def _make(
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "start_token_id": tokenizer.start_token_id,
             "end_token_id": tokenizer.end_token_id,
+            "thinking": settings.thinking,
             "inputs": {**inputs, "source_sha256": found.source_sha256},
             "files": {name: sha256_of(staging / name) for name in names},
             "report": {name: value for name, value in dataclasses.asdict(report).items() if name != "reused"},

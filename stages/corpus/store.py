@@ -100,6 +100,8 @@ class Corpus:
     tokenizer_fingerprint: str
     start_token_id: int
     end_token_id: int
+    thinking: bool
+    """Whether prompts and responses were rendered with the template's thinking form."""
     report: Mapping[str, Any]
     """What became of the rows of the source, as `PrepareReport` counts them."""
 
@@ -130,6 +132,7 @@ def read_corpus(folder: Path) -> Corpus:
         tokenizer_fingerprint=facts["tokenizer_fingerprint"],
         start_token_id=facts["start_token_id"],
         end_token_id=facts["end_token_id"],
+        thinking=facts["thinking"],
         report=facts["report"],
     )
 

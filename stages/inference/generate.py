@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from stages.corpus.chat import read_thinking
 from stages.corpus.rows import Message
 from stages.corpus.tokenizer import ChatTokenizer, RefusedByTemplate
 from stages.errors import StageError
@@ -54,15 +55,14 @@ class Student:
         self._tokenizer = tokenizer
 
     @classmethod
-    def load(cls, path: Path | str, *, device: str | None = None, thinking: bool = True) -> Student:
+    def load(cls, path: Path | str, *, device: str | None = None) -> Student:
         """Read a model folder onto `device`, by default the GPU if there is one.
 
-        `thinking` is the corpus setting that the student was trained with. Raises StageError where the folder is
-        missing, damaged, or not a student.
+        Raises StageError where the folder is missing, damaged, or not a student.
         """
         folder = Path(path)
         _require_student(folder)
-        tokenizer = ChatTokenizer.load(folder, thinking=thinking)
+        tokenizer = ChatTokenizer.load(folder, thinking=read_thinking(folder))
         model = _load_model(folder)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise StageError(

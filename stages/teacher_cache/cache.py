@@ -69,7 +69,7 @@ def fill_cache(
         job = _Job(corpus=corpus, folder=folder, contract=contract, engine=source, emit=emit)
         shards = job.run(plan_units({"train": len(corpus.train), "dev": len(corpus.dev)}, cache.records_per_shard))
     with _alone(folder):
-        publish_teacher(teacher_folder, folder, cache.pca_width)
+        publish_teacher(teacher_folder, folder, pca_width=cache.pca_width, thinking=corpus.thinking)
         return seal(folder, contract, shards)
 
 

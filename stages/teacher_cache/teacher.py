@@ -1,7 +1,7 @@
 """The teacher's folder: what it is, and the part of it that travels with the shards.
 
-What reaches the student is published under `teacher/` in the shard set: the tokenizer's files as they are, the
-principal components of the head, and `teacher.json` with the facts of the model.
+What reaches the student is published under `teacher/` in the shard set: the tokenizer's files as they are, how prompts
+were rendered (`chat.json`), the principal components of the head, and `teacher.json` with the facts of the model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shards.durable import make_folder, publish, remove_abandoned
 from shards.manifest import TEACHER_FOLDER
+from stages.corpus.chat import CHAT_FILE, chat_document
 from stages.corpus.fingerprint import sha256_of, tokenizer_files
 from stages.errors import StageError
 
@@ -74,13 +75,14 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def publish_teacher(source: Path, shards: Path, pca_width: int) -> None:
+def publish_teacher(source: Path, shards: Path, *, pca_width: int, thinking: bool) -> None:
     """Publish the folder teacher/ of a shard set durably; one writer at a time. What is there already stays."""
     target = shards / TEACHER_FOLDER
     make_folder(target)
     remove_abandoned(target)
     for path in tokenizer_files(source):
         publish(target, path.name, path.read_bytes())
+    publish(target, CHAT_FILE, chat_document(thinking=thinking))
     facts = read_facts(source)
     document = json.dumps(asdict(facts), indent=1, sort_keys=True)
     publish(target, FACTS_FILE, f"{document}\n".encode())

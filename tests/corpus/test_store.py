@@ -40,6 +40,7 @@ def folder(tmp_path: Path) -> Path:
         "tokenizer_fingerprint": "t",
         "start_token_id": 0,
         "end_token_id": 2,
+        "thinking": True,
         "files": files,
         "report": {"rows": 3_005},
     }

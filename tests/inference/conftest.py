@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from stages.corpus.rows import Conversation, Message
+from stages.corpus.chat import CHAT_FILE, chat_document
 from stages.corpus.tokenizer import ChatTokenizer
 from stages.student.model import build_student
 from stages.student.shape import StudentShape
@@ -62,6 +63,7 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.step()
     assert loss < 0.05, "the student has not learnt its answers"
     student.save_pretrained(folder)
+    (folder / CHAT_FILE).write_bytes(chat_document(thinking=True))
     return folder
 
 

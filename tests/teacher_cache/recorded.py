@@ -106,6 +106,7 @@ def make_corpus(teacher: Path, train: int = 7, dev: int = 2) -> Corpus:
         tokenizer_fingerprint=tokenizer_fingerprint(teacher),
         start_token_id=0,
         end_token_id=2,
+        thinking=True,
         report={},
     )
 

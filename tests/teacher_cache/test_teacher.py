@@ -84,23 +84,23 @@ def test_components_are_as_many_as_the_teacher_is_wide() -> None:
 
 
 def test_a_tied_head_is_found_in_the_embedding_and_published_once(folder: Path, tmp_path: Path) -> None:
-    publish_teacher(folder, tmp_path / "shards", 4)
+    publish_teacher(folder, tmp_path / "shards", pca_width=4, thinking=True)
     path = tmp_path / "shards" / "teacher" / PCA_FILE
     components = load_file(path)[PCA_TENSOR]
     assert (components.shape, components.dtype) == ((50, 4), torch.float16)
     first = path.read_bytes()
     (folder / "model-00002-of-00002.safetensors").unlink()
-    publish_teacher(folder, tmp_path / "shards", 4)
+    publish_teacher(folder, tmp_path / "shards", pca_width=4, thinking=True)
     assert path.read_bytes() == first
 
 
 def test_a_teacher_without_a_head_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(StageError, match="no output head"):
-        publish_teacher(folder, tmp_path / "shards", 4)
+        publish_teacher(folder, tmp_path / "shards", pca_width=4, thinking=True)
 
 
 def test_components_of_another_width_are_refused(folder: Path, tmp_path: Path) -> None:
-    publish_teacher(folder, tmp_path / "shards", 4)
+    publish_teacher(folder, tmp_path / "shards", pca_width=4, thinking=True)
     with pytest.raises(StageError, match="pca_width"):
-        publish_teacher(folder, tmp_path / "shards", 5)
+        publish_teacher(folder, tmp_path / "shards", pca_width=5, thinking=True)
