@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from shards.reader import ShardSet
+from stages.errors import StageError
 from stages.student.model import MiniCodformerForConditionalGeneration
 
 HEAD_PCA = "head_pca.safetensors"
@@ -46,9 +47,13 @@ def export_model(
 
 
 def exported_facts(folder: Path) -> dict[str, Any] | None:
-    """What `export_model` was told, if it has finished."""
-    if not folder.is_dir():
+    """What `export_model` was told, if it has finished. Raises StageError for a folder that it did not write."""
+    if not folder.exists():
         return None
+    if not (folder / FACTS).is_file():
+        raise StageError(
+            f"{folder} was not written by a training run", hint="move it away, or use another run directory"
+        )
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return facts
 

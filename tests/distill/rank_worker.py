@@ -19,6 +19,9 @@ from stages.distill.train import train
 from stages.errors import StageError
 from stages.events import Event
 
+# The first optimiser of a process imports half of torch: once, in the fork server, is enough.
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+
 
 def free_port() -> int:
     with socket.socket() as probe:

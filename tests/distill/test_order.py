@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.distill.order import TrainingOrder, share_of_rank, sharded_pass
+from stages.distill.order import TrainingOrder, sharded_pass, share_of_rank
 
 DIVISORS_OF_48 = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 
@@ -24,7 +25,7 @@ def test_the_rate_rises_linearly_then_falls_to_its_final_share() -> None:
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[10] == 1.0
     assert rates[-1] == pytest.approx(0.05)
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
     assert rates[10 + 89 // 2] == pytest.approx(0.5 * (1 + 0.05), abs=0.02)
 
 
