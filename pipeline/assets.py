@@ -67,7 +67,7 @@ TEACHERS: Mapping[str, PackagedTeacher] = {
 }
 TEXTS: Mapping[str, MadeText] = {
     "gsm-symbolic": MadeText(
-        sha256="b101eaf9fe25abd7bf48a6027a97521401988ca40ff8d6f2d22f212a5718b6b7", write=write_word_problems
+        sha256="605ed02ef60f1450f58ca2f8f1c8f450487891f5c5d80c995fb1f8b7810f8c3b", write=write_word_problems
     ),
 }
 

@@ -287,11 +287,11 @@ def test_the_demos_text_is_the_pinned_one_whole_and_not_doubled() -> None:
     events: list[Event] = []
     path = corpus_file("demo:gsm-symbolic", events.append)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == len({row["input"] for row in rows}) == 1_400
+    assert len(rows) == len({row["input"] for row in rows}) == 800
     assert all(row.keys() == {"input", "reasoning_content", "content", "repo_name", "score"} for row in rows)
     assert all(row["reasoning_content"] and "####" not in row["reasoning_content"] for row in rows)
     assert all(row["score"] == 1.0 for row in rows)
-    assert [event.done for event in events if isinstance(event, Progress)][-1] == 1_400
+    assert [event.done for event in events if isinstance(event, Progress)][-1] == 800
 
     again: list[Event] = []
     assert corpus_file("demo:gsm-symbolic", again.append) == path
