@@ -10,8 +10,9 @@ class TeacherSettings:
     model: str = ""
     """A local folder, a hub name, or "demo:NAME" for a teacher that the demo knows how to fetch."""
     revision: str | None = None
-    dtype: str = "bfloat16"
-    """Precision of the teacher's body: "bfloat16", "float16" or "float32"."""
+    dtype: str = "auto"
+    """Precision of the teacher's body: "bfloat16", "float16", "float32", or "auto": bfloat16 where the device has
+    matrix units for it (float16 on GPUs older than that), else float32, which is then the faster one."""
     head_dtype: str = "float32"
     """Precision of the logits' matrix product."""
     max_model_len: int = 2_048
@@ -20,8 +21,8 @@ class TeacherSettings:
     gpu_memory_utilization: float = 0.9
 
     def __post_init__(self) -> None:
-        known = ("bfloat16", "float16", "float32")
-        for name in ("dtype", "head_dtype"):
+        head = ("bfloat16", "float16", "float32")
+        for name, known in {"dtype": ("auto", *head), "head_dtype": head}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"teacher.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -76,9 +76,8 @@ def tail_sums(logits_NV: Tensor, columns_NC: Tensor, kept_NC: Tensor, reference_
     its digits, which 1 - sum(p) would cancel.
     """
     delta_NV = logits_NV - reference_N[:, None]
-    delta_NC = delta_NV.gather(-1, columns_NC)
-    power_NV = delta_NV.scatter(-1, columns_NC, delta_NC.masked_fill(kept_NC, -torch.inf)).exp_()
-    delta_NV.scatter_(-1, columns_NC, delta_NC.masked_fill(kept_NC, 0.0))
+    power_NV = delta_NV.exp()
+    power_NV.scatter_(-1, columns_NC, power_NV.gather(-1, columns_NC).masked_fill(kept_NC, 0.0))
     return torch.stack([power_NV.sum(dim=-1), torch.linalg.vecdot(power_NV, delta_NV)], dim=-1)
 
 

@@ -20,12 +20,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from shards.durable import make_folder, publish, remove_abandoned
-from shards.manifest import TEACHER_FOLDER
+from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR, TEACHER_FOLDER
 from stages.corpus.chat import CHAT_FILE, chat_document
 from stages.corpus.fingerprint import sha256_of, tokenizer_files
 from stages.errors import StageError
 
-PCA_FILE, PCA_TENSOR = "head_pca.safetensors", "components_VD"
 FACTS_FILE = "teacher.json"
 _HEAD_TENSORS = ("lm_head.weight", "model.embed_tokens.weight")
 """Where the head may lie, best first: a tied head is saved as the embedding."""
@@ -86,11 +85,11 @@ def publish_teacher(source: Path, shards: Path, *, pca_width: int, thinking: boo
     facts = read_facts(source)
     document = json.dumps(asdict(facts), indent=1, sort_keys=True)
     publish(target, FACTS_FILE, f"{document}\n".encode())
-    if not (target / PCA_FILE).exists():
-        publish(target, PCA_FILE, save({PCA_TENSOR: head_components(_head(source), pca_width).half()}))
-    elif _width(target / PCA_FILE) != min(pca_width, facts.hidden_size):
+    if not (target / HEAD_PCA_FILE).exists():
+        publish(target, HEAD_PCA_FILE, save({HEAD_PCA_TENSOR: head_components(_head(source), pca_width).half()}))
+    elif _width(target / HEAD_PCA_FILE) != min(pca_width, facts.hidden_size):
         raise StageError(
-            f"{target / PCA_FILE} holds {_width(target / PCA_FILE)} components, cache.pca_width is {pca_width}",
+            f"{target} holds {_width(target / HEAD_PCA_FILE)} components, cache.pca_width is {pca_width}",
             hint="cache.pca_width must stay what it was when this set was begun",
         )
 
@@ -114,7 +113,7 @@ def head_components(head_VD: Tensor, width: int) -> Tensor:
 
 def _width(path: Path) -> int:
     with safe_open(path, framework="pt") as file:
-        return int(file.get_slice(PCA_TENSOR).get_shape()[1])
+        return int(file.get_slice(HEAD_PCA_TENSOR).get_shape()[1])
 
 
 def _head(folder: Path) -> Tensor:

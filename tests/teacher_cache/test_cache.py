@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -82,6 +83,7 @@ def test_the_teacher_travels_with_the_shards(undisturbed: dict[str, bytes], teac
     assert set(manifest["teacher_files"]) == {
         "tokenizer.json",
         "chat_template.jinja",
+        "chat.json",
         "teacher.json",
         "head_pca.safetensors",
     }
@@ -186,6 +188,29 @@ def test_W4_a_signal_that_is_no_distribution_is_refused(
     with pytest.raises(InvalidRecord, match="entropy"):
         recorded.fill(tmp_path, teacher)
     assert not is_sealed(tmp_path)
+
+
+@pytest.mark.timeout(60)
+def test_a_slow_writer_holds_the_engine_back_to_two_units(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, may_write = cache_module.write_shard, threading.Event()
+
+    def slow(*arguments: object) -> object:
+        may_write.wait()
+        return write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cache_module, "write_shard", slow)
+    engines: list = []
+    caller = threading.Thread(target=recorded.fill, args=(tmp_path, teacher), kwargs={"engines": engines})
+    caller.start()
+    while not engines or len(engines[0].captured) < 7:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert len(engines[0].captured) == 7, "units of 4 and 3 samples; the last one waits"
+    may_write.set()
+    caller.join()
+    assert is_sealed(tmp_path)
 
 
 @pytest.mark.parametrize(

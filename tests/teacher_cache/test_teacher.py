@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR
 from stages.errors import StageError
 from stages.teacher_cache.teacher import (
-    PCA_FILE,
-    PCA_TENSOR,
     head_components,
     publish_teacher,
     read_facts,
@@ -85,8 +84,8 @@ def test_components_are_as_many_as_the_teacher_is_wide() -> None:
 
 def test_a_tied_head_is_found_in_the_embedding_and_published_once(folder: Path, tmp_path: Path) -> None:
     publish_teacher(folder, tmp_path / "shards", pca_width=4, thinking=True)
-    path = tmp_path / "shards" / "teacher" / PCA_FILE
-    components = load_file(path)[PCA_TENSOR]
+    path = tmp_path / "shards" / "teacher" / HEAD_PCA_FILE
+    components = load_file(path)[HEAD_PCA_TENSOR]
     assert (components.shape, components.dtype) == ((50, 4), torch.float16)
     first = path.read_bytes()
     (folder / "model-00002-of-00002.safetensors").unlink()

@@ -6,6 +6,7 @@ One engine in this process serves all tests; the tensor-parallel one runs in a p
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -24,7 +25,8 @@ from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.transformers import TransformersEngine
-from stages.teacher_cache.engines.vllm.adapter import VllmEngine
+from stages.teacher_cache.engines.vllm.adapter import VllmEngine, resolve_dtype
+from stages.teacher_cache.engines.vllm.plugin import register
 from stages.teacher_cache.settings import TeacherSettings
 from stages.teacher_cache.signals import AttentionSignal, TeacherSignal
 
@@ -211,11 +213,38 @@ def test_attention_that_is_no_plain_softmax_is_refused_by_name(
 def test_an_unknown_architecture_is_refused_listing_the_known(
     tmp_path: Path, spec: CaptureSpec, samples: list[Sample]
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Gemma2ForCausalLM"]}))
+    facts = {"architectures": ["Gemma2ForCausalLM"], "vocab_size": 300, "num_hidden_layers": 4, "hidden_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
     with pytest.raises(StageError, match="Gemma2ForCausalLM") as refused:
         list(VllmEngine(tmp_path, TeacherSettings(), spec).capture(samples[:1]))
     for known in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         assert known in refused.value.hint
+
+
+def test_an_installed_vllm_loads_the_plugin_in_every_process() -> None:
+    (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="minicodformer_capture")
+    assert entry.load() is register
+
+
+@pytest.mark.parametrize(
+    ("cuda", "tiles", "expected"), [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")]
+)
+def test_auto_takes_half_precision_where_there_are_matrix_units(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, tiles: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
+    assert resolve_dtype("auto") == expected
+    assert resolve_dtype("float16") == "float16"
+
+
+def test_the_engine_states_what_it_is_before_it_starts(tmp_path: Path, spec: CaptureSpec) -> None:
+    engine = VllmEngine(tmp_path, TeacherSettings(dtype="float16", head_dtype="float32"), spec)
+    assert engine.identity.split()[0] == "vllm"
+    assert engine.identity.split()[1].startswith("0.")
+    assert engine.dtype == "float16+float32"
+    engine.close()
 
 
 TP_SPEC = CaptureSpec(k=24, attention_layers=(0, 2), attention_top_m=6)

@@ -21,14 +21,7 @@ from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.vllm.attention import chosen_layers
 from stages.teacher_cache.engines.vllm.head import ResponseHead
-from stages.teacher_cache.engines.vllm.wire import RowLayout
-
-TASK = "token_classify"
-"""The pooling task whose answer is one row a token; vLLM leaves its rows to the pooler."""
-PROMPT_LENGTH = "prompt_length"
-"""Key of a request's P in `PoolingParams.extra_kwargs`."""
-SPEC = "teacher_capture"
-"""Key of the CaptureSpec's fields in vLLM's `additional_config`."""
+from stages.teacher_cache.engines.vllm.wire import PROMPT_LENGTH, SPEC, TASK, RowLayout
 
 
 @dataclass(slots=True)

@@ -1,7 +1,8 @@
-"""How one request's signal crosses from vLLM's workers: a single int32 tensor, floats as their bit patterns.
+"""What crosses between the adapter and vLLM's workers; imports no vLLM, so that both sides may.
 
-A pooling model may answer with one tensor a request. Columns: ids K | log-probs K | log tail | entropy, then for each
-layer: positions M | weights M | sink | prompt mass | entropy.
+A request's signal comes back as a single int32 tensor, since a pooling model answers with one tensor a request; floats
+travel as their bit patterns. Columns: ids K | log-probs K | log tail | entropy, then for each layer: positions M |
+weights M | sink | prompt mass | entropy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,13 @@ from torch import Tensor
 
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.signals import AttentionSignal, TeacherSignal
+
+TASK = "token_classify"
+"""The pooling task whose answer is one row a token; vLLM leaves its rows to the pooler."""
+PROMPT_LENGTH = "prompt_length"
+"""Key of a request's P in `PoolingParams.extra_kwargs`."""
+SPEC = "teacher_capture"
+"""Key of the CaptureSpec's fields in vLLM's `additional_config`."""
 
 
 @dataclass(frozen=True, slots=True)
