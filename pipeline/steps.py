@@ -43,7 +43,6 @@ def prepare(recipe: Recipe, run: RunFolder) -> PrepareReport:
 
 def teacher_cache(recipe: Recipe, run: RunFolder) -> Mapping[str, Any]:
     """Stage one: run the teacher over data/processed into the run's shards; what is there already is kept."""
-    from shards.manifest import is_sealed
     from stages.corpus.store import read_corpus
     from stages.teacher_cache.cache import fill_cache
 
@@ -51,8 +50,7 @@ def teacher_cache(recipe: Recipe, run: RunFolder) -> Mapping[str, Any]:
         recipe = run.adopt(recipe)
         corpus = read_corpus(PROCESSED)
         teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)
-        fresh = not is_sealed(run.shards)
-        start = time.monotonic()
+        before, start = _published_positions(run.shards), time.monotonic()
         manifest = fill_cache(
             corpus=corpus,
             teacher=recipe.teacher,
@@ -61,9 +59,22 @@ def teacher_cache(recipe: Recipe, run: RunFolder) -> Mapping[str, Any]:
             folder=run.shards,
             emit=emit,
         )
-        if fresh:
-            run.report("teacher_cache", {**manifest.totals(), "seconds": round(time.monotonic() - start, 1)})
+        captured = manifest.totals()["positions"] - before
+        if captured or "teacher_cache" not in run.summary():
+            seconds = round(time.monotonic() - start, 1)
+            run.report("teacher_cache", {**manifest.totals(), "captured": captured, "seconds": seconds})
         return dict(run.summary()["teacher_cache"])
+
+
+def _published_positions(shards: Path) -> int:
+    """What an earlier start has left, so that a rate counts only what this one captures."""
+    from shards.reader import ShardReader
+
+    total = 0
+    for path in shards.glob("*.arrow"):
+        with ShardReader.open(path) as shard:
+            total += int(shard.numbers("positions").sum())
+    return total
 
 
 def distill(recipe: Recipe, run: RunFolder, *, shards: Path | None, gpus: int | None) -> Mapping[str, Any]:

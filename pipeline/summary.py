@@ -31,8 +31,8 @@ def cache_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
     return [
         f"shards     {facts['shards']} files, {facts['records']:,} records, {facts['positions']:,} positions, "
         f"{facts['bytes'] / 1e6:.1f} MB: {facts['bytes'] / facts['positions']:.1f} bytes a position in all",
-        f"stage one  {facts['seconds']:.0f} s: {facts['positions'] / facts['seconds']:,.0f} response tokens/s, "
-        "loading the teacher included",
+        f"stage one  {facts['captured']:,} positions in {facts['seconds']:.0f} s: "
+        f"{facts['captured'] / facts['seconds']:,.0f} response tokens/s, loading the teacher included",
         f"           {run.shards}",
     ]
 
@@ -45,7 +45,7 @@ def distill_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
     ]
     if not facts["finished"]:
         return [*lines, "stopped    run the same command again to go on"]
-    before, after = facts["validation_before"], facts["validation"]
+    before, after = facts["untrained"], facts["validation"]
     if before and after:
         lines.append(
             f"validation KL to the teacher {before['kl']:.3f} -> {after['kl']:.3f} nats (its kept ids and the rest), "

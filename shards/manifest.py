@@ -21,6 +21,8 @@ from shards.errors import ContractMismatch, Corrupt, Incomplete, Truncated
 from shards.shard import ShardReader
 
 CONTRACT_NAME, MANIFEST_NAME, TEACHER_FOLDER = "contract.json", "manifest.json", "teacher"
+HEAD_PCA_FILE, HEAD_PCA_TENSOR = "head_pca.safetensors", "components_VW"
+"""In the teacher's folder: its head in its W first principal directions, [V, W] fp16."""
 MAX_MANIFEST_BYTES = 1 << 28
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,199}")
 _TEACHER_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")

@@ -48,6 +48,8 @@ class Milestone:
     """Spent training so far."""
     validation_kl: float | None
     """Measured at this very step, or not at all."""
+    untrained: Mapping[str, Any] | None = None
+    """The validation report of the student before its first step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from shards.manifest import HEAD_PCA_FILE
 from shards.reader import ShardSet
 from stages.errors import StageError
 from stages.student.model import MiniCodformerForConditionalGeneration
 
-HEAD_PCA = "head_pca.safetensors"
 FACTS = "training.json"
 
 
@@ -36,7 +36,7 @@ def export_model(
     shutil.rmtree(temporary, ignore_errors=True)
     student.save_pretrained(temporary)
     for name in shards.manifest.teacher_files:
-        if name != HEAD_PCA:
+        if name != HEAD_PCA_FILE:
             shards.verify_teacher_file(name)
             shutil.copyfile(shards.teacher_folder / name, temporary / name)
     (temporary / FACTS).write_text(json.dumps(dict(facts), indent=1) + "\n", encoding="utf-8")

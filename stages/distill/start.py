@@ -7,10 +7,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR
 from shards.reader import ShardSet, Split
 from stages.distill.checkpoint import CheckpointFolder, Milestone
 from stages.distill.engine import Engine
-from stages.distill.export import HEAD_PCA
 from stages.distill.objective import DistillModule
 from stages.distill.order import Share, TrainingOrder, record_lengths, share_of_rank
 from stages.distill.settings import DistillSettings, ObjectiveSettings
@@ -106,9 +106,9 @@ def fresh_student(
 
 
 def _start_from_pca(student: MiniCodformerForConditionalGeneration, shards: ShardSet, emit: Emit) -> None:
-    if HEAD_PCA not in shards.manifest.teacher_files:
+    if HEAD_PCA_FILE not in shards.manifest.teacher_files:
         emit(Note(stage=STAGE, text="the shards carry no components of the teacher's head: a random embedding it is"))
         return
-    shards.verify_teacher_file(HEAD_PCA)
-    path: Path = shards.teacher_folder / HEAD_PCA
-    student.init_embedding_from_pca(load_file(path)["components"])
+    shards.verify_teacher_file(HEAD_PCA_FILE)
+    path: Path = shards.teacher_folder / HEAD_PCA_FILE
+    student.init_embedding_from_pca(load_file(path)[HEAD_PCA_TENSOR])

@@ -48,6 +48,8 @@ class TrainResult:
     """Spent in training steps, over all starts of the run."""
     ranks: int
     precision: str
+    untrained: EvaluationReport | None
+    """Of the student before its first step; None where the shards have no dev split."""
     validation: EvaluationReport | None
     """Of the finished model; None before, and where the shards have no dev split."""
 
@@ -100,6 +102,7 @@ def train(
                 seconds=round(done.seconds, 2),
                 ranks=world.size,
                 precision=precision,
+                untrained=EvaluationReport(**done.untrained) if done.untrained else None,
                 validation=report,
             )
             state = training.engine.state() if result.finished else None
@@ -130,6 +133,8 @@ class _Loop:
     def run(self) -> tuple[Milestone, EvaluationReport | None]:
         """Step until the last step or a request to stop; the report is of the last step."""
         report = self._validate() if self._done.step in (0, self._total) else None
+        if report and self._done.step == 0:
+            self._done = dataclasses.replace(self._done, untrained=dataclasses.asdict(report))
         with closing(Prefetcher(self._load, self._micro_batches())) as batches:
             for step in range(self._done.step, self._total):
                 self._set_rates(step)
@@ -149,7 +154,8 @@ class _Loop:
     def _finish_step(self, outcome: StepReport) -> EvaluationReport | None:
         """Tell, validate and save what is due after a step."""
         step = self._done.step + 1
-        self._done = Milestone(
+        self._done = dataclasses.replace(
+            self._done,
             step=step,
             positions=self._done.positions + outcome.positions,
             seconds=self._done.seconds + outcome.seconds,
@@ -242,5 +248,5 @@ def _warnings(shards: ShardSet, objective: ObjectiveSettings) -> Iterator[str]:
 
 
 def _result(facts: dict[str, Any]) -> TrainResult:
-    validation = facts["validation"]
-    return TrainResult(**{**facts, "validation": EvaluationReport(**validation) if validation else None})
+    reports = {name: facts[name] and EvaluationReport(**facts[name]) for name in ("untrained", "validation")}
+    return TrainResult(**{**facts, **reports})

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from shards.contract import AttentionSpec, Contract
-from shards.manifest import begin, seal
+from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR, begin, seal
 from shards.record import AttentionSummary, Record
 from shards.writer import write_shard
 from stages.distill.settings import DistillSettings, ObjectiveSettings
@@ -124,7 +124,7 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
         teacher.mkdir()
         (teacher / "tokenizer.json").write_text("{}", encoding="utf-8")
         components = np.random.default_rng(1).normal(size=(VOCAB, 16)).astype(np.float16)
-        save_file({"components": components}, teacher / "head_pca.safetensors")
+        save_file({HEAD_PCA_TENSOR: components}, teacher / HEAD_PCA_FILE)
         with_attention = contract.attention is not None
         infos = []
         for split, first, count in (("train", 0, records), ("dev", records, dev)):

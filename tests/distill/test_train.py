@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from shards.errors import ShardError
+from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR
 from shards.reader import ShardSet
 from stages.distill.batches import assemble
 from stages.distill.evaluate import evaluate_model
@@ -49,7 +50,7 @@ def test_the_saved_model_is_the_one_that_was_validated(undisturbed: Any, shards:
         )
     folder = undisturbed.run / "final_model"
     assert (folder / "tokenizer.json").read_text() == "{}"
-    assert not (folder / "head_pca.safetensors").exists()
+    assert not (folder / HEAD_PCA_FILE).exists()
     student = MiniCodformerForConditionalGeneration.from_pretrained(folder)
     assert student.dtype == torch.float32
     assert student.config.eos_token_id == 1
@@ -70,7 +71,7 @@ def dense_step(shards: Path, settings: DistillSettings, shape: StudentShape, rec
     shard_set = ShardSet(shards)
     batch = assemble([shard_set.split("train")[index] for index in records], 0)
     student = fresh_student(shard_set, settings, shape).double()
-    student.init_embedding_from_pca(load_file(shard_set.teacher_folder / "head_pca.safetensors")["components"])
+    student.init_embedding_from_pca(load_file(shard_set.teacher_folder / HEAD_PCA_FILE)[HEAD_PCA_TENSOR])
     hidden = student.hidden(
         batch.prompt_ids_BP, batch.prompt_mask_BP, batch.decoder_ids_BT, batch.decoder_mask_BT, need_attention=True
     )

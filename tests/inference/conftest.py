@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stages.corpus.rows import Conversation, Message
 from stages.corpus.chat import CHAT_FILE, chat_document
+from stages.corpus.rows import Conversation, Message
 from stages.corpus.tokenizer import ChatTokenizer
 from stages.student.model import build_student
 from stages.student.shape import StudentShape
