@@ -54,7 +54,7 @@ def test_a_recipe_may_change_until_the_stage_that_uses_it_has_begun(run: RunFold
     assert run.recipe().distill.epochs == 7
 
     run.checkpoints.mkdir()
-    with pytest.raises(PipelineError, match=r"distill\.epochs = 7, not 2"):
+    with pytest.raises(PipelineError, match=r"distill\.epochs = 7, not 1"):
         run.adopt(load("smollm2-demo", ["cache.k=8"]))
     run.adopt(load("smollm2-demo", ["cache.k=8", "distill.epochs=7", "distill.keep_checkpoints=9"]))
 
