@@ -223,6 +223,7 @@ def main() -> None:
     from shards.errors import ShardError
     from stages.errors import StageError
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its start-up remarks are not the user's business
     try:
         app()
     except (PipelineError, StageError, ShardError, OSError) as error:

@@ -42,7 +42,7 @@ class Contract:
     teacher: str
     """The teacher as the user named it: hub name or folder name."""
     teacher_fingerprint: str
-    """sha256 over the names, sizes and contents of the teacher's weight files."""
+    """sha256 over the names, sizes and contents of the teacher's weight files and its config.json."""
     tokenizer_fingerprint: str
     """sha256 over the tokenizer's files, chat template included."""
     vocab_size: int

@@ -170,7 +170,7 @@ def _require_whole(folder: Path, manifest: Manifest) -> None:
 
 
 def _teacher_files(folder: Path) -> dict[str, str]:
-    paths = sorted(path for path in (folder / TEACHER_FOLDER).glob("*") if path.is_file())
+    paths = sorted(path for path in (folder / TEACHER_FOLDER).glob("[!.]*") if path.is_file())
     return {require_name(path.name, _TEACHER_FILE): file_sha256(path) for path in paths}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from shards.manifest import HEAD_PCA_FILE
 from shards.reader import ShardSet
@@ -34,6 +35,7 @@ def export_model(
         parameter.data.copy_(weights[name])
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    disable_progress_bar()
     student.save_pretrained(temporary)
     for name in shards.manifest.teacher_files:
         if name != HEAD_PCA_FILE:

@@ -64,8 +64,11 @@ def read_facts(folder: Path) -> TeacherFacts:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """sha256 over the names, sizes and contents of the weight files. Raises StageError where there are none."""
-    files = _weight_files(folder)
+    """sha256 over the names, sizes and contents of the weight files and config.json, which says how they are used.
+
+    Raises StageError where there are none.
+    """
+    files = [folder / "config.json", *_weight_files(folder)]
     with ThreadPoolExecutor() as pool:
         contents = list(pool.map(sha256_of, files))
     digest = hashlib.sha256()
