@@ -29,7 +29,7 @@ test-long: setup ## the long sweeps too
 	@$(PYTHON) -m pytest -q
 
 .PHONY: check
-check: setup ## formatting, lint, types, import floors, documentation links
+check: setup ## formatting, lint, types and import floors
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy

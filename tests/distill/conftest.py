@@ -245,9 +245,8 @@ class Ranks:
         for process in self._processes:
             process.kill()
 
-    def terminate(self) -> None:
-        for process in self._processes:
-            process.terminate()
+    def ask_last_to_stop(self) -> None:
+        self._processes[-1].terminate()
 
     def hear(self) -> Event | TrainResult | Exception | None:
         """The next thing rank 0 says; None when it is gone."""
