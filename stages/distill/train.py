@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,8 @@ def train(
 
     Raises StageError for a run that cannot begin or go on, ShardError for shards that cannot be read.
     """
-    # Probabilities below 1e-38 are common, of no weight, and slow a matrix product 160-fold where they are kept.
-    torch.set_flush_denormal(True)
     shard_set, final_model = ShardSet(shards), run / "final_model"
-    with joined_world() as world, StopRequest() as stop:
+    with joined_world() as world, StopRequest() as stop, _denormals_flushed():
         emit = emit if world.rank == 0 else silent
         precision, reason = resolve_precision(settings.precision, world.device)
         identity = identity_of(shard_set, settings, objective, shape, precision)
@@ -238,6 +236,16 @@ class _Loop:
 
     def _say(self, text: str) -> None:
         self._emit(Note(stage=STAGE, text=text))
+
+
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Probabilities below 1e-38 are common, of no weight, and slow a matrix product 160-fold where they are kept."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _warnings(shards: ShardSet, objective: ObjectiveSettings) -> Iterator[str]:

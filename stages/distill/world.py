@@ -49,7 +49,9 @@ def joined_world() -> Iterator[World]:
     if joined_here:
         _join("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+        world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+        world.barrier()  # a rank that finds nothing to do, or an error, must not be gone while another still joins
+        yield world
     finally:
         if joined_here:
             dist.destroy_process_group()

@@ -176,6 +176,7 @@ class Outcome:
     result: TrainResult | None
     events: list[Event]
     error: Exception | None = None
+    exit_codes: list[int | None] = dataclasses.field(default_factory=list)
 
     @property
     def losses(self) -> dict[int, float]:
@@ -268,7 +269,8 @@ class Ranks:
                 events.append(said)
         for process in self._processes:
             process.join()
-        return Outcome(run=self._run, result=result, events=events, error=error)
+        codes = [process.exitcode for process in self._processes]
+        return Outcome(run=self._run, result=result, events=events, error=error, exit_codes=codes)
 
 
 StartRanks = Callable[..., Ranks]
@@ -304,4 +306,5 @@ def one_process_world() -> Iterator[None]:
     """DeepSpeed remembers the first process group it saw, so all tests of this process share one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    if dist.is_initialized():  # vLLM's engines, in other rooms' tests, tear down whatever group there is
+        dist.destroy_process_group()

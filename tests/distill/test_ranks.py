@@ -63,6 +63,13 @@ def test_T2_a_world_that_does_not_divide_is_refused_with_those_that_do(start_ran
     assert str(outcome.error) == "2 ranks do not divide a global batch of 9 records; these do: 1, 3, 9"
 
 
+def test_all_ranks_leave_a_finished_run_in_peace(pair: Any, start_ranks: StartRanks) -> None:
+    for _ in range(3):  # whoever finds nothing to do is quickly gone, and must not leave another behind as it joins
+        outcome = start_ranks(pair.run, 2, **LONG).join()
+        assert outcome.result == pair.result
+        assert outcome.exit_codes == [0, 0]
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
 def test_T4_another_world_size_resumes_with_every_groups_rate_and_decay(
     before: int,
