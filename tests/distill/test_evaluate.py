@@ -1,0 +1,39 @@
+"""Evaluation adds up the same sums however the split is dealt to ranks, empty turns included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from shards.reader import ShardSet
+from stages.distill.evaluate import evaluate
+from stages.distill.objective import DistillModule
+from stages.distill.order import record_lengths, sharded_pass
+from stages.distill.settings import ObjectiveSettings
+from stages.student.model import build_student
+from stages.student.shape import StudentShape
+
+
+@pytest.mark.parametrize(("micro_batch", "world"), [(3, 3), (4, 2), (6, 4)])
+def test_ranks_find_in_sum_what_one_rank_finds(micro_batch: int, world: int, shards: Path, shape: StudentShape) -> None:
+    split = ShardSet(shards).split("dev")
+    student = build_student(shape, vocab_size=211, start_token_id=0, end_token_id=1, seed=0).double()
+    module = DistillModule(student, ObjectiveSettings())
+    found: dict[int, Tensor] = {}
+
+    def measure(rank: int, ranks: int, size: int) -> Tensor:
+        def keep(sums: Tensor) -> Tensor:
+            found[rank] = sums.clone()
+            return sums.clamp_min(1e-9)  # a rank of its own may have found nothing at all
+
+        with torch.no_grad():
+            evaluate(module, split, start_token_id=0, micro_batch=size, rank=rank, world=ranks, total=keep)
+        return found[rank]
+
+    turns = [sharded_pass(record_lengths(split), micro_batch, rank, world) for rank in range(world)]
+    assert any(not turn.size for rank in turns for turn in rank), "some rank has a turn with nothing in it"
+    together = torch.stack([measure(rank, world, micro_batch) for rank in range(world)]).sum(0)
+    torch.testing.assert_close(together, measure(0, 1, 1), rtol=1e-5, atol=1e-5)
