@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -20,10 +20,6 @@ from stages.events import Emit, Event, Metric, Note, Progress
 
 PLAIN_EVERY_S = 5.0
 _SHOWN_METRICS = ("loss", "kl", "ce", "top1", "tokens_per_s")
-
-
-class Sink(Protocol):
-    def __call__(self, event: Event) -> None: ...
 
 
 class EventLog:
