@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UsageError
+from shards.contract import Selection
 from shards.inspect import Decode, InspectedRecord, Inspection, Spread, inspect_shard, verify_shards
 from shards.manifest import TEACHER_FOLDER, read_manifest
 
@@ -71,7 +72,7 @@ def _shard_lines(inspection: Inspection) -> list[str]:
         "entropy": _spread(inspection.entropy) + " nats",
         "teacher": f"{contract.teacher}  {contract.teacher_fingerprint[:12]}",
         "engine": f"{contract.engine}, {contract.dtype}",
-        "selection": f"{contract.selection} {contract.k} of {contract.vocab_size:,}, codec {contract.codec}",
+        "selection": f"{_selection(contract.selection)} of {contract.vocab_size:,}, codec {contract.codec}",
         "attention": f"layers {', '.join(map(str, attention.layers))}, top {attention.top_m}" if attention else "none",
         "corpus": contract.corpus_fingerprint[:12],
     }
@@ -89,6 +90,16 @@ def _record_lines(record: InspectedRecord) -> list[str]:
         lines.append(f"  {token!s:<16} entropy {position.entropy:5.2f}  coverage {position.coverage:.3f}  {shown}")
     hidden = len(record.positions) - _SHOWN_POSITIONS
     return lines + ([f"  … {hidden} more positions"] if hidden > 0 else [])
+
+
+def _selection(selection: Selection) -> str:
+    stated = {
+        "mass": selection.mass if selection.mass < 1 else None,
+        "floor": selection.floor or None,
+        "draws": selection.draws or None,
+    }
+    words = [selection.kind, str(selection.k or ""), *(f"{name} {value}" for name, value in stated.items() if value)]
+    return " ".join(word for word in words if word)
 
 
 def _spread(spread: Spread) -> str:

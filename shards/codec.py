@@ -21,7 +21,8 @@ class Codec(Protocol):
 
     name: ClassVar[str]
 
-    def __init__(self, contract: Contract) -> None: ...
+    def __init__(self, contract: Contract) -> None:
+        """Raises UnknownVersion for a contract that this codec cannot carry."""
 
     def encode_signals(self, records: Sequence[Record]) -> list[bytes]:
         """One `signal` cell a record; the records are valid under the contract."""
@@ -29,8 +30,8 @@ class Codec(Protocol):
     def encode_attention(self, record: Record) -> bytes:
         """The `attention` cell of a record that has a summary."""
 
-    def decode_signal(self, cell: bytes | memoryview, *, positions: int) -> Signal:
-        """The distributions of a cell with N = `positions`. Raises Corrupt."""
+    def decode_signal(self, cell: bytes | memoryview, *, positions: int, entries: int) -> Signal:
+        """The distributions of a cell with N = `positions` and `entries` kept ids in all. Raises Corrupt."""
 
     def decode_attention(self, cell: bytes | memoryview, *, positions: int, prompt_length: int) -> AttentionSummary:
         """The summary of a cell with N = `positions`, P = `prompt_length`. Raises Corrupt."""

@@ -180,16 +180,17 @@ def _inspected(record: Record, row: int, decode: Decode | None) -> InspectedReco
     def text(ids: Sequence[int]) -> str | None:
         return None if decode is None else decode(ids)
 
-    probabilities_NK = np.exp(record.topk_logprobs_NK)
+    assert record.logprobs_NK is not None, "the one codec there is keeps log-probabilities"
+    probabilities_NK, coverage_N = np.exp(record.logprobs_NK), record.coverage_N
     positions = []
     for position in range(record.positions):
         token = int(record.response_ids_R[record.first_position + position])
-        best = zip(record.topk_ids_NK[position].tolist(), probabilities_NK[position].tolist(), strict=True)
+        best = zip(record.ids_NK[position].tolist(), probabilities_NK[position].tolist(), strict=True)
         positions.append(
             InspectedPosition(
                 token_id=token,
                 token=text([token]),
-                coverage=float(probabilities_NK[position].sum()),
+                coverage=float(coverage_N[position]),
                 entropy=float(record.entropy_N[position]),
                 alternatives=tuple((id_, text([id_]), probability) for id_, probability in islice(best, ALTERNATIVES)),
             )

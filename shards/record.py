@@ -3,6 +3,7 @@
 Shape suffixes used across the house:
     B batch   P prompt tokens   R response tokens   N predicted positions   T decoder positions
     K kept ids a position   V vocabulary   D hidden width   H heads   L layers   M attention positions kept
+    J numbers of a partition curve
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSummary:
     """Head-mean attention rows of chosen teacher layers, reduced to what a student can match.
 
-    Row n is the teacher row that predicts the n-th predicted position. Prompt keys are 1..P-1; key 0 is the
+    Row n is the teacher row that predicts the n-th predicted position; where the contract asks for all rows, the rows
+    of the prompt positions 1..P-2 stand before those, and N counts them too. Prompt keys are 1..P-1; key 0 is the
     attention sink and is kept apart. The mass of prompt keys that were not kept is `prompt - sum(weights)`.
     """
 
@@ -48,17 +51,33 @@ class Record:
     prompt_ids_P: Int32
     response_ids_R: Int32
     first_position: int
-    topk_ids_NK: Int32
-    """The k most probable ids by falling log-probability (ties by rising id)."""
-    topk_logprobs_NK: Float32
-    """True log-probabilities in nats: the normaliser is the full softmax, never the kept ids."""
+    ids_NK: Int32
+    """The kept ids: those of the exact head, then those that were drawn, either by falling log-probability (ties by
+    rising id; where none is kept, by falling count). A row with fewer than K ends in -1."""
+    logprobs_NK: Float32 | None
+    """True log-probabilities in nats: the normaliser is the full softmax, never the kept ids. -inf where the id is -1;
+    None where the contract's selection keeps none."""
+    draws_NK: Int32 | None = None
+    """How often an id was drawn, 0 for the exact head; None for selections without draws."""
     log_tail_N: Float32
-    """log of the mass outside the kept ids; -inf where nothing is left."""
+    """log of the mass outside the exact head, from which draws are made; -inf where nothing is left, NaN where it is
+    not known."""
     entropy_N: Float32
     """Entropy of the full distribution, in nats."""
+    curve_NJ: Float32 | None = None
+    """The tail's partition curve: log sum p_v^b over the ids v outside the exact head, at each exponent b of the
+    contract's `curve`, then its slope d/db at each; None where the contract has no curve."""
     attention: AttentionSummary | None = None
+
+    @property
+    def coverage_N(self) -> Float64:
+        """Probability mass of the kept ids, drawn ones included; NaN where no log-probabilities are kept."""
+        if self.logprobs_NK is None:
+            return np.full(self.positions, np.nan)
+        mass_N: Float64 = np.exp(self.logprobs_NK.astype(np.float64)).sum(axis=1)
+        return mass_N
 
     @property
     def positions(self) -> int:
         """N, the number of predicted positions."""
-        return int(self.topk_ids_NK.shape[0])
+        return int(self.ids_NK.shape[0])

@@ -104,8 +104,8 @@ class ShardReader:
             raise IndexError(f"row {row} of {len(self)}")
         row %= len(self)
         with self._named(row):
-            first, positions, _, prompt_length, _ = (int(self._lengths[name][row]) for name in LENGTHS)
-            signal = self._codec.decode_signal(self._cell("signal", row), positions=positions)
+            first, positions, entries, prompt_length, _ = (int(self._lengths[name][row]) for name in LENGTHS)
+            signal = self._codec.decode_signal(self._cell("signal", row), positions=positions, entries=entries)
             attention = None
             if self.contract.attention is not None:
                 attention = self._codec.decode_attention(
@@ -116,10 +116,12 @@ class ShardReader:
                 prompt_ids_P=self._tokens("prompt_ids", row),
                 response_ids_R=self._tokens("response_ids", row),
                 first_position=first,
-                topk_ids_NK=signal.topk_ids_NK,
-                topk_logprobs_NK=signal.topk_logprobs_NK,
+                ids_NK=signal.ids_NK,
+                logprobs_NK=signal.logprobs_NK,
+                draws_NK=signal.draws_NK,
                 log_tail_N=signal.log_tail_N,
                 entropy_N=signal.entropy_N,
+                curve_NJ=signal.curve_NJ,
                 attention=attention,
             )
 
@@ -159,7 +161,8 @@ class ShardReader:
             & (positions >= 1)
             & (first >= 0)
             & (first + positions <= response)
-            & (entries == positions * self.contract.k)
+            & (entries >= positions)
+            & (entries <= positions * self.contract.selection.most_kept)
             & (entries <= MAX_ENTRIES)
         )
         if self.contract.attention is not None:

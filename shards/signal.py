@@ -11,7 +11,9 @@ from shards.record import Float32, Int32
 class Signal:
     """The teacher's distributions over N positions; fields as in `Record`."""
 
-    topk_ids_NK: Int32
-    topk_logprobs_NK: Float32
+    ids_NK: Int32
+    logprobs_NK: Float32 | None
+    draws_NK: Int32 | None = None
     log_tail_N: Float32
     entropy_N: Float32
+    curve_NJ: Float32 | None = None

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from shards import planes
 from shards.attention_planes import decode_attention, encode_attention
 from shards.contract import Contract
-from shards.errors import Corrupt
-from shards.record import AttentionSummary, Record
+from shards.errors import Corrupt, UnknownVersion
+from shards.record import AttentionSummary, Float32, Record
 from shards.signal import Signal
 
 Float64 = NDArray[np.float64]
@@ -50,12 +50,18 @@ class TopkPlanes1:
     name: ClassVar[str] = "topk-planes/1"
 
     def __init__(self, contract: Contract) -> None:
+        rows = None if contract.attention is None else contract.attention.rows
+        if contract.selection.kind != "topk" or contract.curve or contract.tables or rows == "all":
+            raise UnknownVersion(
+                f"codec {self.name!r} carries a top-k and attention of response rows only, not what its contract says",
+                hint="upgrade minicodformer, or write the shards again",
+            )
         self._contract = contract
         self._id_planes = planes.planes_for(contract.vocab_size - 1)
 
     def encode_signals(self, records: Sequence[Record]) -> list[bytes]:
-        ids_NK = np.concatenate([record.topk_ids_NK for record in records])
-        logprobs_NK = np.concatenate([record.topk_logprobs_NK for record in records]).astype(np.float64)
+        ids_NK = np.concatenate([record.ids_NK for record in records])
+        logprobs_NK = np.concatenate([_logprobs(record) for record in records]).astype(np.float64)
         log_tail_N = np.concatenate([record.log_tail_N for record in records]).astype(np.float64)
         entropy_N = np.concatenate([record.entropy_N for record in records]).astype(np.float64)
 
@@ -73,8 +79,9 @@ class TopkPlanes1:
             cells.append(planes.pack([*streams, b"".join(plane[rows].tobytes() for plane in scalars)]))
         return cells
 
-    def decode_signal(self, cell: bytes | memoryview, *, positions: int) -> Signal:
-        entries = positions * self._contract.k
+    def decode_signal(self, cell: bytes | memoryview, *, positions: int, entries: int) -> Signal:
+        if entries != positions * self._contract.selection.k:
+            raise Corrupt(f"{entries} kept ids at {positions} positions are not k = {self._contract.selection.k} each")
         *id_planes, levels, scalars = planes.unpack(cell, [entries] * (self._id_planes + 1) + [4 * positions])
         rising_NK = _from_gaps(planes.join(id_planes).reshape(positions, -1), self._contract.vocab_size)
         ids_NK, levels_NK = _by_falling_probability(rising_NK, levels.reshape(positions, -1))
@@ -83,8 +90,8 @@ class TopkPlanes1:
         log_tail_N, log_head_N = _log_masses(planes.join([tail_low, tail_high]))
         scale_N = log_head_N - np.log(_PROBABILITIES[levels_NK].sum(axis=1))
         return Signal(
-            topk_ids_NK=ids_NK,
-            topk_logprobs_NK=(_LOGPROBS[levels_NK] + scale_N[:, None]).astype(np.float32),
+            ids_NK=ids_NK,
+            logprobs_NK=(_LOGPROBS[levels_NK] + scale_N[:, None]).astype(np.float32),
             log_tail_N=log_tail_N.astype(np.float32),
             entropy_N=(planes.join([entropy_low, entropy_high]) / ENTROPY_SCALE).astype(np.float32),
         )
@@ -96,6 +103,11 @@ class TopkPlanes1:
     def decode_attention(self, cell: bytes | memoryview, *, positions: int, prompt_length: int) -> AttentionSummary:
         assert self._contract.attention is not None, "only a contract with attention has the column"
         return decode_attention(cell, self._contract.attention, positions=positions, prompt_length=prompt_length)
+
+
+def _logprobs(record: Record) -> Float32:
+    assert record.logprobs_NK is not None, "a valid record has what its contract says"
+    return record.logprobs_NK
 
 
 def _nearest_levels(logprobs_NK: Float64) -> NDArray[np.uint32]:

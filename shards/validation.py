@@ -42,18 +42,20 @@ def _check_tokens(record: Record, contract: Contract) -> None:
 
 
 def _check_distribution(record: Record, contract: Contract) -> None:
-    ids_NK, logprobs_NK = record.topk_ids_NK, record.topk_logprobs_NK
-    shape = (record.positions, contract.k)
-    _require_array("topk_ids_NK", ids_NK, shape, np.int32)
-    _require_array("topk_logprobs_NK", logprobs_NK, shape, np.float32)
+    ids_NK, logprobs_NK = record.ids_NK, record.logprobs_NK
+    shape = (record.positions, contract.selection.k)
+    _require(logprobs_NK is not None, "it has no log-probabilities")
+    assert logprobs_NK is not None
+    _require_array("ids_NK", ids_NK, shape, np.int32)
+    _require_array("logprobs_NK", logprobs_NK, shape, np.float32)
     _require_array("log_tail_N", record.log_tail_N, shape[:1], np.float32)
     _require_array("entropy_N", record.entropy_N, shape[:1], np.float32)
     _require(ids_NK.size <= MAX_ENTRIES, f"{ids_NK.size} kept ids, at most {MAX_ENTRIES} fit a record")
-    _require_ids("topk_ids_NK", ids_NK, contract.vocab_size)
+    _require_ids("ids_NK", ids_NK, contract.vocab_size)
     sorted_NK = np.sort(ids_NK, axis=1)
-    _require(bool((sorted_NK[:, 1:] > sorted_NK[:, :-1]).all()), "topk_ids_NK repeats an id within a position")
-    _require(bool(np.isfinite(logprobs_NK).all()), "topk_logprobs_NK has a value that is not finite")
-    _require(bool((logprobs_NK[:, 1:] <= logprobs_NK[:, :-1]).all()), "topk_logprobs_NK does not fall along a position")
+    _require(bool((sorted_NK[:, 1:] > sorted_NK[:, :-1]).all()), "ids_NK repeats an id within a position")
+    _require(bool(np.isfinite(logprobs_NK).all()), "logprobs_NK has a value that is not finite")
+    _require(bool((logprobs_NK[:, 1:] <= logprobs_NK[:, :-1]).all()), "logprobs_NK does not fall along a position")
     # NaN fails both comparisons; -inf is a tail without mass.
     _require(bool((record.log_tail_N <= MASS_TOLERANCE).all()), "log_tail_N is above 0 or not a number")
     _require(bool(((record.entropy_N >= -MASS_TOLERANCE) & (record.entropy_N < 64)).all()), "entropy_N is no entropy")

@@ -89,11 +89,11 @@ def _bytes(cell: Int32 | bytes) -> bytes:
 
 def _numbers(records: Sequence[Record]) -> dict[str, object]:
     """The plain columns of one number a record, statistics in the precision that the teacher gave."""
-    coverages = [np.exp(record.topk_logprobs_NK.astype(np.float64)).sum(axis=1) for record in records]
+    coverages = [record.coverage_N for record in records]
     return {
         "first_position": [record.first_position for record in records],
         "positions": [record.positions for record in records],
-        "entries": [record.topk_ids_NK.size for record in records],
+        "entries": [int((record.ids_NK >= 0).sum()) for record in records],
         "prompt_length": [len(record.prompt_ids_P) for record in records],
         "response_length": [len(record.response_ids_R) for record in records],
         "mean_entropy": np.array([record.entropy_N.mean(dtype=np.float64) for record in records], np.float32),

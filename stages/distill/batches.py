@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.record import AttentionSummary, Record
+from shards.record import AttentionSummary, Float32, Record
 from stages.distill.losses.attention import TeacherAttention
 from stages.distill.losses.rows import TeacherRows
 
@@ -73,8 +73,8 @@ def assemble(records: Sequence[Record], start_token_id: int) -> Batch:
         decoder_mask_BT=decoder_mask,
         rows_N=torch.cat([torch.arange(span.start, span.stop) + b * width for b, span in enumerate(spans)]),
         teacher=TeacherRows(
-            ids_NK=_stack([record.topk_ids_NK for record in records]).long(),
-            log_kept_NK=_stack([record.topk_logprobs_NK for record in records]),
+            ids_NK=_stack([record.ids_NK for record in records]).long(),
+            log_kept_NK=_stack([_logprobs(record) for record in records]),
             log_rest_N=_stack([record.log_tail_N for record in records]),
             labels_N=_stack(
                 [response[span.start : span.stop] for response, span in zip(responses, spans, strict=True)]
@@ -82,6 +82,11 @@ def assemble(records: Sequence[Record], start_token_id: int) -> Batch:
         ),
         attention=_attention([record.attention for record in records]),
     )
+
+
+def _logprobs(record: Record) -> Float32:
+    assert record.logprobs_NK is not None, "the one selection that is written keeps log-probabilities"
+    return record.logprobs_NK
 
 
 def _pad(rows: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:

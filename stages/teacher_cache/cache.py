@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from shards.contract import AttentionSpec, Contract
+from shards.contract import AttentionSpec, Contract, Selection
 from shards.manifest import CONTRACT_NAME, Manifest, ShardInfo, begin, is_sealed, read_manifest, seal
 from shards.record import AttentionSummary, Record
 from shards.topk_planes import TopkPlanes1
@@ -164,8 +164,8 @@ def to_record(sample: Sample, signal: TeacherSignal) -> Record:
         prompt_ids_P=sample.prompt_ids,
         response_ids_R=sample.response_ids,
         first_position=0,
-        topk_ids_NK=signal.topk_ids_NK.to(torch.int32).numpy(),
-        topk_logprobs_NK=signal.topk_logprobs_NK.numpy(),
+        ids_NK=signal.ids_NK.to(torch.int32).numpy(),
+        logprobs_NK=signal.logprobs_NK.numpy(),
         log_tail_N=signal.log_tail_N.numpy(),
         entropy_N=signal.entropy_N.numpy(),
         attention=None if signal.attention is None else _to_summary(signal.attention),
@@ -205,8 +205,7 @@ def _contract(
         vocab_size=facts.vocab_size,
         start_token_id=corpus.start_token_id,
         end_token_id=corpus.end_token_id,
-        selection="topk",
-        k=spec.k,
+        selection=Selection(kind="topk", k=spec.k),
         attention=attention if spec.attention_layers else None,
         corpus_fingerprint=corpus.fingerprint,
         engine=engine.identity,

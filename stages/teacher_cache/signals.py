@@ -33,8 +33,8 @@ class AttentionSignal:
 class TeacherSignal:
     """The teacher's distributions over the N response tokens of one sample; the fields are those of a `Record`."""
 
-    topk_ids_NK: Tensor
-    topk_logprobs_NK: Tensor
+    ids_NK: Tensor
+    logprobs_NK: Tensor
     log_tail_N: Tensor
     entropy_N: Tensor
     attention: AttentionSignal | None

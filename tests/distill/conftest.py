@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from shards.contract import AttentionSpec, Contract
+from shards.contract import AttentionSpec, Contract, Selection
 from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR, begin, seal
 from shards.record import AttentionSummary, Record
 from shards.writer import write_shard
@@ -49,8 +49,7 @@ def make_contract(**changes: object) -> Contract:
         "vocab_size": VOCAB,
         "start_token_id": START,
         "end_token_id": END,
-        "selection": "topk",
-        "k": K,
+        "selection": Selection(kind="topk", k=K),
         "attention": AttentionSpec(layers=(3, 7), top_m=TOP_M),
         "corpus_fingerprint": "c" * 64,
         "engine": "none 0",
@@ -81,8 +80,8 @@ def make_record(index: int, seed: int, *, attention: bool = True) -> Record:
         prompt_ids_P=prompt,
         response_ids_R=response,
         first_position=0,
-        topk_ids_NK=ids,
-        topk_logprobs_NK=kept.astype(np.float32),
+        ids_NK=ids,
+        logprobs_NK=kept.astype(np.float32),
         log_tail_N=np.log(rest).astype(np.float32),
         entropy_N=(-(np.exp(logp) * logp).sum(1)).astype(np.float32),
         attention=make_attention(rng, prompt.size, length) if attention else None,

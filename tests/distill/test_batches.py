@@ -27,9 +27,7 @@ def tail_of(record: Record, first: int) -> Record:
             for field in dataclasses.fields(record.attention)
         },
     )
-    cut = {
-        name: getattr(record, name)[first:] for name in ("topk_ids_NK", "topk_logprobs_NK", "log_tail_N", "entropy_N")
-    }
+    cut = {name: getattr(record, name)[first:] for name in ("ids_NK", "logprobs_NK", "log_tail_N", "entropy_N")}
     return dataclasses.replace(record, first_position=first, attention=attention, **cut)
 
 
@@ -52,8 +50,8 @@ def test_each_row_reads_the_token_before_its_label_and_carries_its_own_teacher_r
             before = START if i == 0 else one.response_ids_R[i - 1]
             assert batch.decoder_ids_BT[b, i] == before
             assert batch.teacher.labels_N[row] == one.response_ids_R[i]
-            np.testing.assert_array_equal(batch.teacher.ids_NK[row], one.topk_ids_NK[n])
-            np.testing.assert_array_equal(batch.teacher.log_kept_NK[row], one.topk_logprobs_NK[n])
+            np.testing.assert_array_equal(batch.teacher.ids_NK[row], one.ids_NK[n])
+            np.testing.assert_array_equal(batch.teacher.log_kept_NK[row], one.logprobs_NK[n])
             assert batch.teacher.log_rest_N[row] == one.log_tail_N[n]
             assert batch.attention is not None
             assert one.attention is not None

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.contract import AttentionSpec, Contract
+from shards.contract import AttentionSpec, Contract, Selection
 from shards.durable import LocalDisk
 from shards.record import AttentionSummary, Record
 from shards.writer import build_shard
@@ -26,8 +26,7 @@ CONTRACT = Contract(
     vocab_size=300,
     start_token_id=0,
     end_token_id=2,
-    selection="topk",
-    k=4,
+    selection=Selection(kind="topk", k=4),
     attention=AttentionSpec(layers=(0, 3), top_m=3),
     corpus_fingerprint="3" * 64,
     engine="synthetic 1",
@@ -45,14 +44,14 @@ def synthetic_record(contract: Contract, seed: int, *, prompt: int = 6, response
     order_NV = np.argsort(-logprobs_NV, axis=1, kind="stable")
     falling_NV = np.take_along_axis(logprobs_NV, order_NV, 1)
     with np.errstate(divide="ignore"):
-        log_tail_N = np.logaddexp.reduce(falling_NV[:, contract.k :], axis=1, initial=-np.inf)
+        log_tail_N = np.logaddexp.reduce(falling_NV[:, contract.selection.k :], axis=1, initial=-np.inf)
     return Record(
         sample_id=f"sample-{seed}",
         prompt_ids_P=rng.integers(0, contract.vocab_size, prompt, np.int32),
         response_ids_R=rng.integers(0, contract.vocab_size, response, np.int32),
         first_position=first,
-        topk_ids_NK=order_NV[:, : contract.k].astype(np.int32),
-        topk_logprobs_NK=falling_NV[:, : contract.k].astype(np.float32),
+        ids_NK=order_NV[:, : contract.selection.k].astype(np.int32),
+        logprobs_NK=falling_NV[:, : contract.selection.k].astype(np.float32),
         log_tail_N=log_tail_N.astype(np.float32),
         entropy_N=-(np.exp(logprobs_NV) * logprobs_NV).sum(axis=1).astype(np.float32),
         attention=_synthetic_attention(contract.attention, rng, positions, prompt),

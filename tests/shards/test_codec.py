@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shards.attention_planes import SHARE_LEVELS
 from shards.codec import CODECS, codec_for
-from shards.contract import AttentionSpec, Contract
+from shards.contract import AttentionSpec, Contract, Selection
 from shards.errors import InvalidRecord, UnknownVersion
 from shards.record import AttentionSummary, Record
 from shards.topk_planes import LEVELS, level_roots
@@ -32,8 +32,7 @@ def contracts(draw: st.DrawFn) -> Contract:
         vocab_size=vocab_size,
         start_token_id=0,
         end_token_id=0,
-        selection="topk",
-        k=draw(st.integers(1, min(vocab_size, 70))),
+        selection=Selection(kind="topk", k=draw(st.integers(1, min(vocab_size, 70)))),
         attention=AttentionSpec(layers=tuple(range(draw(st.integers(1, 3)))), top_m=draw(st.integers(1, 9))),
         corpus_fingerprint="",
         engine="",
@@ -47,17 +46,17 @@ def signals(draw: st.DrawFn, contract: Contract) -> dict[str, Any]:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     positions = draw(st.integers(1, 5))
     spread = draw(st.sampled_from([0.0, 0.1, 1.0, 5.0, 20.0]))
-    scores = rng.standard_normal((positions, contract.k + 1)) * spread
+    scores = rng.standard_normal((positions, contract.selection.k + 1)) * spread
     if draw(st.booleans()):
         scores = np.round(scores)
-    if contract.k == contract.vocab_size or draw(st.integers(0, 9)) == 0:
+    if contract.selection.k == contract.vocab_size or draw(st.integers(0, 9)) == 0:
         scores[:, -1] = -np.inf
     logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
-    ids = np.stack([_distinct(rng, contract.vocab_size, contract.k) for _ in range(positions)])
+    ids = np.stack([_distinct(rng, contract.vocab_size, contract.selection.k) for _ in range(positions)])
     order = np.lexsort((ids, -logs[:, :-1]), axis=1)
     return {
-        "topk_ids_NK": np.take_along_axis(ids, order, 1).astype(np.int32),
-        "topk_logprobs_NK": np.take_along_axis(logs[:, :-1], order, 1).astype(np.float32),
+        "ids_NK": np.take_along_axis(ids, order, 1).astype(np.int32),
+        "logprobs_NK": np.take_along_axis(logs[:, :-1], order, 1).astype(np.float32),
         "log_tail_N": logs[:, -1].astype(np.float32),
         "entropy_N": rng.uniform(0, np.log(contract.vocab_size) + 1e-9, positions).astype(np.float32),
     }
@@ -94,7 +93,7 @@ def attentions(draw: st.DrawFn, spec: AttentionSpec, positions: int, prompt: int
 def contracted_records(draw: st.DrawFn) -> tuple[Contract, Record]:
     contract = draw(contracts())
     signal = draw(signals(contract))
-    positions, first = signal["topk_ids_NK"].shape[0], draw(st.integers(0, 2))
+    positions, first = signal["ids_NK"].shape[0], draw(st.integers(0, 2))
     prompt = draw(st.sampled_from([1, 2, 3, 8, 300]))
     rng = np.random.default_rng(0)
     assert contract.attention is not None
@@ -116,15 +115,15 @@ def nearest_level(probability: float) -> int:
 
 def oracle(record: Record, position: int) -> tuple[list[int], list[float], float]:
     """What a position decodes to, by the definition and entry by entry: ids, log-probs, log tail."""
-    log_head = np.log(sum(np.exp(float(value)) for value in record.topk_logprobs_NK[position]))
+    log_head = np.log(sum(np.exp(float(value)) for value in record.logprobs_NK[position]))
     log_tail = float(record.log_tail_N[position])
     if log_tail == -np.inf:
         head, decoded_tail = 1.0, -np.inf
     else:
         odds = np.clip(round(128 * (log_tail - log_head)), -32767, 32767) / 128
         head, decoded_tail = 1 / (1 + np.exp(odds)), -np.log1p(np.exp(-odds))
-    levels = [nearest_level(np.exp(float(value))) for value in record.topk_logprobs_NK[position]]
-    entries = sorted(zip(levels, record.topk_ids_NK[position].tolist(), strict=True))
+    levels = [nearest_level(np.exp(float(value))) for value in record.logprobs_NK[position]]
+    entries = sorted(zip(levels, record.ids_NK[position].tolist(), strict=True))
     masses = [float(level_roots()[level]) ** 2 for level, _ in entries]
     logprobs = [float(np.log(mass / sum(masses)) + np.log(head)) for mass in masses]
     return [id_ for _, id_ in entries], logprobs, float(decoded_tail)
@@ -137,11 +136,11 @@ def test_R7_a_signal_comes_back_as_the_naive_oracle_says(given_: tuple[Contract,
     require_valid(record, contract)
     codec = codec_for(contract)
     (cell,) = codec.encode_signals([record])
-    decoded = codec.decode_signal(cell, positions=record.positions)
+    decoded = codec.decode_signal(cell, positions=record.positions, entries=record.ids_NK.size)
     for position in range(record.positions):
         ids, logprobs, log_tail = oracle(record, position)
-        assert decoded.topk_ids_NK[position].tolist() == ids
-        np.testing.assert_allclose(decoded.topk_logprobs_NK[position], logprobs, rtol=1e-6, atol=1e-6)
+        assert decoded.ids_NK[position].tolist() == ids
+        np.testing.assert_allclose(decoded.logprobs_NK[position], logprobs, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(decoded.log_tail_N[position], log_tail, rtol=1e-6, atol=1e-6)
 
 
@@ -151,23 +150,23 @@ def test_R7_the_stated_bounds_hold(given_: tuple[Contract, Record]) -> None:
     contract, record = given_
     codec = codec_for(contract)
     (cell,) = codec.encode_signals([record])
-    decoded = codec.decode_signal(cell, positions=record.positions)
-    assert (np.sort(decoded.topk_ids_NK) == np.sort(record.topk_ids_NK)).all()
-    assert (np.diff(decoded.topk_logprobs_NK) <= 0).all()
-    assert np.isfinite(decoded.topk_logprobs_NK).all()
-    mass_N = np.exp(decoded.topk_logprobs_NK.astype(float)).sum(1) + np.exp(decoded.log_tail_N.astype(float))
+    decoded = codec.decode_signal(cell, positions=record.positions, entries=record.ids_NK.size)
+    assert (np.sort(decoded.ids_NK) == np.sort(record.ids_NK)).all()
+    assert (np.diff(decoded.logprobs_NK) <= 0).all()
+    assert np.isfinite(decoded.logprobs_NK).all()
+    mass_N = np.exp(decoded.logprobs_NK.astype(float)).sum(1) + np.exp(decoded.log_tail_N.astype(float))
     np.testing.assert_allclose(mass_N, 1, atol=1e-5)
     assert np.abs(decoded.entropy_N - record.entropy_N).max() <= 1 / 2048 + 1e-6
     kl_N = bucket_kl(record, decoded)
-    assert kl_N.max() <= 5e-5 * contract.k + 2e-6 + 1e-6
+    assert kl_N.max() <= 5e-5 * contract.selection.k + 2e-6 + 1e-6
 
 
 def bucket_kl(record: Record, decoded: Any) -> np.ndarray:
     """KL(teacher || decoded) over the k ids and the tail, in float64, each side normalised over them."""
     sides = []
     for side in (record, decoded):
-        order = np.argsort(side.topk_ids_NK, axis=1)
-        kept = np.take_along_axis(side.topk_logprobs_NK.astype(np.float64), order, 1)
+        order = np.argsort(side.ids_NK, axis=1)
+        kept = np.take_along_axis(side.logprobs_NK.astype(np.float64), order, 1)
         logs = np.concatenate([kept, side.log_tail_N.astype(np.float64)[:, None]], axis=1)
         sides.append(logs - np.logaddexp.reduce(logs, axis=1, keepdims=True))
     truth, guess = sides
@@ -191,7 +190,7 @@ def test_R7_the_worst_level_keeps_the_stated_bound() -> None:
 
 def test_R7_mean_kl_is_below_the_goal_on_zipfian_distributions(contract: Contract) -> None:
     rng = np.random.default_rng(0)
-    contract = dataclasses.replace(contract, vocab_size=49_152, k=64, attention=None)
+    contract = dataclasses.replace(contract, vocab_size=49_152, selection=Selection(kind="topk", k=64), attention=None)
     logits = -1.2 * np.log(np.arange(1, 49_153)) + rng.standard_normal((50, 49_152))
     logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     order = np.argsort(-logprobs, axis=1)
@@ -201,15 +200,15 @@ def test_R7_mean_kl_is_below_the_goal_on_zipfian_distributions(contract: Contrac
         prompt_ids_P=np.zeros(1, np.int32),
         response_ids_R=np.zeros(50, np.int32),
         first_position=0,
-        topk_ids_NK=order[:, :64].astype(np.int32),
-        topk_logprobs_NK=falling[:, :64].astype(np.float32),
+        ids_NK=order[:, :64].astype(np.int32),
+        logprobs_NK=falling[:, :64].astype(np.float32),
         log_tail_N=np.logaddexp.reduce(falling[:, 64:], axis=1).astype(np.float32),
         entropy_N=-(np.exp(logprobs) * logprobs).sum(axis=1).astype(np.float32),
     )
     require_valid(record, contract)
     codec = codec_for(contract)
     (cell,) = codec.encode_signals([record])
-    assert bucket_kl(record, codec.decode_signal(cell, positions=50)).mean() <= 2e-4
+    assert bucket_kl(record, codec.decode_signal(cell, positions=50, entries=50 * 64)).mean() <= 2e-4
 
 
 @settings(max_examples=150, deadline=None)
@@ -284,18 +283,18 @@ def with_fields(**fields: Any) -> Callable[[Record], Record]:
 
 
 NOT_A_SIGNAL: dict[str, tuple[Callable[[Record], Record], str]] = {
-    "id at the vocabulary's size": (edit("topk_ids_NK", (1, 2), 300), "topk_ids_NK holds 300"),
-    "negative id": (edit("topk_ids_NK", (1, 2), -1), "topk_ids_NK holds -1"),
+    "id at the vocabulary's size": (edit("ids_NK", (1, 2), 300), "ids_NK holds 300"),
+    "negative id": (edit("ids_NK", (1, 2), -1), "ids_NK holds -1"),
     "prompt id outside": (edit("prompt_ids_P", 0, 300), "prompt_ids_P holds 300"),
     "response id outside": (edit("response_ids_R", 0, -5), "response_ids_R holds -5"),
     "duplicate id": (
-        lambda record: edit("topk_ids_NK", (0, 0), record.topk_ids_NK[0, 3])(record),
+        lambda record: edit("ids_NK", (0, 0), record.ids_NK[0, 3])(record),
         "repeats an id",
     ),
-    "NaN log-prob": (edit("topk_logprobs_NK", (0, 1), np.nan), "not finite"),
-    "infinite log-prob": (edit("topk_logprobs_NK", (0, 3), -np.inf), "not finite"),
+    "NaN log-prob": (edit("logprobs_NK", (0, 1), np.nan), "not finite"),
+    "infinite log-prob": (edit("logprobs_NK", (0, 3), -np.inf), "not finite"),
     "rising log-probs": (
-        lambda record: with_fields(topk_logprobs_NK=np.ascontiguousarray(record.topk_logprobs_NK[:, ::-1]))(record),
+        lambda record: with_fields(logprobs_NK=np.ascontiguousarray(record.logprobs_NK[:, ::-1]))(record),
         "does not fall",
     ),
     "NaN tail": (edit("log_tail_N", 0, np.nan), "log_tail_N"),
@@ -305,9 +304,9 @@ NOT_A_SIGNAL: dict[str, tuple[Callable[[Record], Record], str]] = {
     "NaN entropy": (edit("entropy_N", 0, np.nan), "entropy_N"),
     "negative entropy": (edit("entropy_N", 0, -1), "entropy_N"),
     "endless entropy": (edit("entropy_N", 0, np.inf), "entropy_N"),
-    "another k": (lambda record: with_fields(topk_ids_NK=record.topk_ids_NK[:, :3])(record), "not int32 (5, 4)"),
+    "another k": (lambda record: with_fields(ids_NK=record.ids_NK[:, :3])(record), "not int32 (5, 4)"),
     "another type": (
-        lambda record: with_fields(topk_logprobs_NK=record.topk_logprobs_NK.astype(np.float64))(record),
+        lambda record: with_fields(logprobs_NK=record.logprobs_NK.astype(np.float64))(record),
         "float64",
     ),
     "positions beyond the response": (with_fields(first_position=1), "positions 1 to 5"),

@@ -98,13 +98,19 @@ def contract_json(contract: Contract, **changes: object) -> dict[bytes, bytes]:
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"format_version": 2}, UnknownVersion, "format version 2"),
+        ({"format_version": 3}, UnknownVersion, "format version 3"),
         ({"format_version": None}, UnknownVersion, "format version None"),
         ({"codec": "topk-planes/9"}, UnknownVersion, "topk-planes/9"),
-        ({"k": 5}, Corrupt, "contradict"),
-        ({"k": 0}, Corrupt, "k must be"),
-        ({"k": "4"}, Corrupt, "k must be"),
-        ({"k": 10**30}, Corrupt, "k must be"),
+        ({"selection": {"kind": "topk", "k": 5}}, Corrupt, "not k = 5 each"),
+        ({"selection": {"kind": "topk", "k": 3}}, Corrupt, "contradict"),
+        ({"selection": {"kind": "topk", "k": 0}}, Corrupt, "k must be"),
+        ({"selection": {"kind": "topk", "k": "4"}}, Corrupt, "k must be"),
+        ({"selection": {"kind": "topk", "k": 10**30}}, Corrupt, "k must be"),
+        ({"selection": {"kind": "best", "k": 4}}, Corrupt, "selection must be"),
+        ({"selection": {"kind": "hybrid", "k": 4}}, Corrupt, "draws must be"),
+        ({"selection": {"kind": "topk", "k": 4, "mass": 0.5}}, Corrupt, "belong to an adaptive"),
+        ({"selection": "topk"}, Corrupt, None),
+        ({"curve": [0.25, 0.5]}, Corrupt, "curve must be"),
         ({"vocab_size": 1 << 25}, Corrupt, "vocab_size must be"),
         ({"vocab_size": 200}, Corrupt, None),
         ({"attention": 7}, Corrupt, None),
@@ -175,7 +181,7 @@ def test_R4_a_frame_that_expands_without_end_is_not_expanded(
 
 def test_R4_a_frame_that_holds_more_than_it_states_is_not_expanded(shard: Path, in_child: Callable[..., int]) -> None:
     with ShardReader.open(shard) as reader:
-        entries = reader[0].topk_ids_NK.size
+        entries = reader[0].ids_NK.size
     liar = bytearray(zstandard.ZstdCompressor().compress(bytes(1 << 20)))
     honest = zstandard.ZstdCompressor().compress(bytes(entries))
     # Header of the honest frame, blocks of the big one.
@@ -218,7 +224,7 @@ def numbers(**values: int) -> Change:
         {"positions": 0, "entries": 0},
         {"positions": -1, "entries": -4},
         {"positions": 6, "entries": 24},
-        {"entries": 19},
+        {"entries": 21},
         {"first_position": 1},
         {"first_position": -1},
         {"prompt_length": 1 << 30},
@@ -338,8 +344,8 @@ def test_R5_damaged_payloads_under_recomputed_checks_raise_nothing_but_shard_err
         forge(shard, in_row(name, int(rng.integers(3)), damage))
         try:
             for record in read_all(shard):
-                assert np.isfinite(record.topk_logprobs_NK).all()
-                assert record.topk_ids_NK.max() < contract.vocab_size
+                assert np.isfinite(record.logprobs_NK).all()
+                assert record.ids_NK.max() < contract.vocab_size
         except ShardError:
             refused += 1
     assert refused > 400

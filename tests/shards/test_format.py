@@ -32,14 +32,14 @@ def worked(example: dict[str, Any], contract: Contract) -> tuple[Contract, Recor
     def floats(name: str) -> np.ndarray:
         return np.array(example[name], np.float32)
 
-    contract = dataclasses.replace(contract, vocab_size=1000, k=4, attention=AttentionSpec(layers=(0,), top_m=2))
+    contract = dataclasses.replace(contract, vocab_size=1000, attention=AttentionSpec(layers=(0,), top_m=2))
     return contract, Record(
         sample_id="worked",
         prompt_ids_P=np.arange(5, dtype=np.int32),
         response_ids_R=np.array([7, 2], np.int32),
         first_position=0,
-        topk_ids_NK=np.array(example["topk_ids"], np.int32),
-        topk_logprobs_NK=np.log(floats("probabilities")),
+        ids_NK=np.array(example["topk_ids"], np.int32),
+        logprobs_NK=np.log(floats("probabilities")),
         log_tail_N=np.log(floats("tail")),
         entropy_N=floats("entropy"),
         attention=AttentionSummary(
@@ -59,9 +59,9 @@ def test_the_worked_signal_has_the_stated_bytes_and_values(
     codec = codec_for(given)
     (cell,) = codec.encode_signals([record])
     assert [stream.tobytes().hex(" ") for stream in unpack(cell, [8, 8, 8, 8])] == example["signal_streams"]
-    decoded = codec.decode_signal(cell, positions=2)
-    assert decoded.topk_ids_NK.tolist() == example["decoded_ids"]
-    np.testing.assert_array_equal(decoded.topk_logprobs_NK, np.array(example["decoded_logprobs"], np.float32))
+    decoded = codec.decode_signal(cell, positions=2, entries=8)
+    assert decoded.ids_NK.tolist() == example["decoded_ids"]
+    np.testing.assert_array_equal(decoded.logprobs_NK, np.array(example["decoded_logprobs"], np.float32))
     np.testing.assert_array_equal(decoded.log_tail_N, np.array(example["decoded_log_tail"], np.float32))
 
 
@@ -94,7 +94,7 @@ def test_the_limits_and_the_fields_of_the_contract_are_those_of_the_code() -> No
     assert contract.MAX_VOCABULARY == 1 << 24
     assert "`k` (1 to 4096" in FORMAT
     assert contract.MAX_KEPT == 4096
-    assert "at most 1024 of either" in FORMAT
+    assert "at most 1024 layers or keys" in FORMAT
     assert contract.MAX_LAYERS == contract.MAX_ATTENTION_KEYS == 1024
     assert "at most 2^24" in FORMAT
     assert schema.MAX_ENTRIES == 1 << 24

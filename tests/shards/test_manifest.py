@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shards import manifest
-from shards.contract import AttentionSpec, Contract
+from shards.contract import AttentionSpec, Contract, Selection
 from shards.errors import ContractMismatch, Corrupt, Incomplete, ShardError, Truncated, UnknownVersion
 from shards.manifest import ShardInfo, begin, is_sealed, read_contract, read_manifest, seal
 from shards.reader import ShardSet
@@ -70,8 +70,10 @@ CHANGES: list[tuple[str, Any]] = [
     ("vocab_size", 301),
     ("start_token_id", 1),
     ("end_token_id", 3),
-    ("selection", "hybrid"),
-    ("k", 5),
+    ("selection", Selection(kind="topk", k=5)),
+    ("selection", Selection(kind="adaptive", k=4, mass=0.9)),
+    ("curve", (0.5, 0.25)),
+    ("tables", "9"),
     ("attention", None),
     ("attention", AttentionSpec(layers=(0, 2), top_m=3)),
     ("corpus_fingerprint", "9"),

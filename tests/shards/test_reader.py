@@ -60,7 +60,7 @@ def test_a_record_carries_what_was_written(folder: Path, written: list[Record]) 
         np.testing.assert_array_equal(record.response_ids_R, truth.response_ids_R, strict=True)
         assert record.first_position == truth.first_position
         assert record.positions == truth.positions
-        np.testing.assert_array_equal(np.sort(record.topk_ids_NK), np.sort(truth.topk_ids_NK), strict=True)
+        np.testing.assert_array_equal(np.sort(record.ids_NK), np.sort(truth.ids_NK), strict=True)
 
 
 def test_lengths_and_statistics_come_from_plain_columns(
@@ -75,7 +75,7 @@ def test_lengths_and_statistics_come_from_plain_columns(
     assert train.prompt_lengths.tolist() == [len(record.prompt_ids_P) for record in written]
     assert train.response_lengths.tolist() == [len(record.response_ids_R) for record in written]
     assert train.positions.tolist() == [record.positions for record in written]
-    coverage = [np.exp(record.topk_logprobs_NK.astype(float)).sum(1) for record in written]
+    coverage = [np.exp(record.logprobs_NK.astype(float)).sum(1) for record in written]
     np.testing.assert_allclose(train.column("mean_coverage"), [row.mean() for row in coverage], rtol=1e-6)
     np.testing.assert_allclose(train.column("min_coverage"), [row.min() for row in coverage], rtol=1e-6)
     np.testing.assert_allclose(train.column("mean_entropy"), [record.entropy_N.mean() for record in written], rtol=1e-6)
@@ -201,7 +201,7 @@ def test_inspection_states_the_facts(folder: Path, contract: Contract, written: 
     facts = inspect_shard(path, record=1, decode=lambda ids: " ".join(map(str, ids)))
     positions = sum(record.positions for record in written[:3])
     assert (facts.contract, facts.unit, facts.split) == (contract, "train-0", "train")
-    assert (facts.records, facts.positions, facts.entries) == (3, positions, positions * contract.k)
+    assert (facts.records, facts.positions, facts.entries) == (3, positions, positions * contract.selection.k)
     assert facts.bytes == path.stat().st_size
     assert facts.damage is None
     parts = dict(facts.bytes_per_position)
@@ -219,7 +219,7 @@ def test_inspection_states_the_facts(folder: Path, contract: Contract, written: 
     assert [position.token_id for position in shown.positions] == truth.response_ids_R.tolist()
     id_, text, probability = shown.positions[0].alternatives[0]
     assert text == str(id_)
-    assert probability == pytest.approx(float(np.exp(truth.topk_logprobs_NK[0, 0])), abs=0.02)
+    assert probability == pytest.approx(float(np.exp(truth.logprobs_NK[0, 0])), abs=0.02)
 
 
 def test_inspection_of_a_damaged_shard_reports_the_damage(

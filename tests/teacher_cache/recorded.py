@@ -64,8 +64,8 @@ def recorded_signal(sample: Sample, spec: CaptureSpec) -> TeacherSignal:
     kept, ids = logprobs.topk(spec.k, dim=-1)
     tail = logprobs.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
     return TeacherSignal(
-        topk_ids_NK=ids.int(),
-        topk_logprobs_NK=kept.float(),
+        ids_NK=ids.int(),
+        logprobs_NK=kept.float(),
         log_tail_N=tail.float(),
         entropy_N=-(logprobs.exp() * logprobs).sum(dim=-1).float(),
         attention=_recorded_attention(rows, prompt, spec, generator),

@@ -66,8 +66,8 @@ def test_the_set_holds_every_sample_once_in_plan_order(tmp_path: Path, recorded:
             assert record.response_ids_R.tolist() == sample.response_ids.tolist()
             assert (record.first_position, record.positions) == (0, len(sample.response_ids))
             signal = recorded.recorded_signal(sample, spec_of(recorded))
-            kept = {row: sorted(ids) for row, ids in enumerate(signal.topk_ids_NK.tolist())}
-            assert {row: sorted(ids) for row, ids in enumerate(record.topk_ids_NK.tolist())} == kept
+            kept = {row: sorted(ids) for row, ids in enumerate(signal.ids_NK.tolist())}
+            assert {row: sorted(ids) for row, ids in enumerate(record.ids_NK.tolist())} == kept
 
 
 def spec_of(recorded: ModuleType) -> object:
@@ -215,7 +215,7 @@ def test_a_slow_writer_holds_the_engine_back_to_two_units(
 
 @pytest.mark.parametrize(
     ("change", "field"),
-    [({"k": 6}, "k"), ({"attention_top_m": 2}, "attention"), ({"attention_depths": (0.25,)}, "attention")],
+    [({"k": 6}, "selection"), ({"attention_top_m": 2}, "attention"), ({"attention_depths": (0.25,)}, "attention")],
 )
 def test_W6_another_contract_is_refused_naming_the_field(
     tmp_path: Path, recorded: ModuleType, teacher: Path, change: dict[str, object], field: str

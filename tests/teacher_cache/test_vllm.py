@@ -40,7 +40,7 @@ def same_ids(ours: list[TeacherSignal], theirs: list[TeacherSignal]) -> float:
     """The share of kept ids that both kept, whatever their order."""
     shared = total = 0
     for mine, other in zip(ours, theirs, strict=True):
-        for left, right in zip(mine.topk_ids_NK.tolist(), other.topk_ids_NK.tolist(), strict=True):
+        for left, right in zip(mine.ids_NK.tolist(), other.ids_NK.tolist(), strict=True):
             shared, total = shared + len(set(left) & set(right)), total + len(right)
     return shared / total
 
@@ -48,7 +48,7 @@ def same_ids(ours: list[TeacherSignal], theirs: list[TeacherSignal]) -> float:
 def require_equal_signals(ours: list[TeacherSignal], theirs: list[TeacherSignal], *, logprobs: float) -> None:
     assert same_ids(ours, theirs) >= 0.9999
     for mine, other in zip(ours, theirs, strict=True):
-        assert largest_difference(mine.topk_logprobs_NK, other.topk_logprobs_NK) <= logprobs
+        assert largest_difference(mine.logprobs_NK, other.logprobs_NK) <= logprobs
         assert largest_difference(mine.log_tail_N, other.log_tail_N) <= logprobs
         assert largest_difference(mine.entropy_N, other.entropy_N) <= 2 * logprobs
         assert mine.attention is not None
@@ -73,8 +73,8 @@ def test_every_signal_agrees_with_transformers_whole_or_in_chunks(
 
 def test_a_signal_has_one_row_a_response_token(samples: list[Sample], signals: list[TeacherSignal]) -> None:
     for sample, signal in zip(samples, signals, strict=True):
-        assert len(signal.topk_ids_NK) == len(sample.response_ids)
-        assert signal.topk_ids_NK.dtype == torch.int32
+        assert len(signal.ids_NK) == len(sample.response_ids)
+        assert signal.ids_NK.dtype == torch.int32
 
 
 def test_signals_come_in_the_order_of_the_samples(
@@ -89,7 +89,7 @@ def test_the_same_call_gives_the_same_bits(
     engine: VllmEngine, samples: list[Sample], signals: list[TeacherSignal]
 ) -> None:
     for first, second in zip(signals, engine.capture(samples), strict=True):
-        for name in ("topk_ids_NK", "topk_logprobs_NK", "log_tail_N", "entropy_N"):
+        for name in ("ids_NK", "logprobs_NK", "log_tail_N", "entropy_N"):
             assert torch.equal(getattr(first, name), getattr(second, name))
 
 
@@ -276,7 +276,7 @@ def test_two_tensor_parallel_ranks_agree_with_transformers(tmp_path: Path, tiny_
     ours = [_loaded(tmp_path / f"{index}.safetensors") for index in range(len(tp_samples()))]
     theirs = list(TransformersEngine(tiny_qwen3, TP_SPEC).capture(tp_samples()))
     require_equal_signals(ours, theirs, logprobs=2e-4)
-    kept = torch.cat([signal.topk_ids_NK.flatten() for signal in ours])
+    kept = torch.cat([signal.ids_NK.flatten() for signal in ours])
     assert (kept < 1_000).all(), "nothing of the vocabulary's padding"
     assert (kept < 512).any()
     assert (kept >= 512).any(), "both ranks contribute"

@@ -61,8 +61,8 @@ class TransformersEngine:
         tail_NV = logprobs_NV.scatter(-1, ids_NK, -torch.inf)
         attentions = [output.attentions[layer][0, :, rows] for layer in self._spec.attention_layers]
         return TeacherSignal(
-            topk_ids_NK=ids_NK.int(),
-            topk_logprobs_NK=logprobs_NV.gather(-1, ids_NK).float(),
+            ids_NK=ids_NK.int(),
+            logprobs_NK=logprobs_NV.gather(-1, ids_NK).float(),
             log_tail_N=tail_NV.logsumexp(dim=-1).float(),
             entropy_N=-(logprobs_NV.exp() * logprobs_NV).sum(dim=-1).float(),
             attention=self._attention(attentions, prompt_length) if attentions else None,

@@ -51,8 +51,8 @@ class RowLayout:
         k = self.spec.k
         ids_NK, logprobs_NK, log_tail_N, entropy_N = _split(rows_NW[:, : self.head_width], (k, k, 1, 1))
         return TeacherSignal(
-            topk_ids_NK=ids_NK,
-            topk_logprobs_NK=as_float(logprobs_NK),
+            ids_NK=ids_NK,
+            logprobs_NK=as_float(logprobs_NK),
             log_tail_N=as_float(log_tail_N)[:, 0],
             entropy_N=as_float(entropy_N)[:, 0],
             attention=self._unpack_attention(rows_NW) if self.spec.attention_layers else None,
