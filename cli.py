@@ -163,6 +163,18 @@ def verify_shards(path: Annotated[Path, typer.Argument(help="The folder of a sha
     _print(verify(path))
 
 
+@app.command("runs")
+def list_runs(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the runs, the newest first: state, verb, progress, KL."""
+    from pipeline import runs
+    from pipeline.json_output import json_text
+
+    found = runs.list_runs(Path("runs"))
+    _print([json_text(found)] if as_json else runs.run_lines(found))
+
+
 @app.command()
 def doctor() -> None:
     """Check what this machine has."""

@@ -8,17 +8,17 @@ on another value is refused, naming the key, because what stands in the folder w
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.recipe import Recipe, load
+from pipeline.turn import take_turn
 
 CACHE_SECTIONS = ("corpus", "teacher", "cache")
 STUDENT_SECTIONS = ("student", "distill", "objective")
@@ -56,27 +56,9 @@ class RunFolder:
     def summary_file(self) -> Path:
         return self.path / "summary.json"
 
-    @contextmanager
-    def lock(self, verb: str) -> Iterator[None]:
-        """Hold the run for one writing process. Raises PipelineError naming the holder if there is one.
-
-        The lock is the kernel's: a killed process lets go of it.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+", encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                holder = handle.read().strip() or "another process"
-                raise PipelineError(
-                    f"{self.path} is in use by {holder}",
-                    hint="wait for it, stop it, or give this run another name with NAME=… (--name …)",
-                ) from None
-            handle.truncate(0)
-            handle.write(f"`{verb}`, process {os.getpid()}")
-            handle.flush()
-            yield
+    def lock(self, verb: str) -> AbstractContextManager[None]:
+        """Hold the run for one writing process: see `pipeline.turn`. Raises PipelineError naming the holder if any."""
+        return take_turn(self.path, verb)
 
     def recipe(self) -> Recipe:
         """The recipe this run was made with."""

@@ -1,0 +1,1 @@
+"""What is drawn on a terminal: the one place that imports rich."""
