@@ -54,8 +54,16 @@ distill-screen: setup ## the same in the background: a `screen` session of the r
 	@echo "training in the background: screen -r minicodformer to look, ctrl-a d to leave it running, make watch to follow"
 
 .PHONY: watch
-watch: ## follow the newest run's events
-	@tail -n 5 -F "$$(ls -td runs/*/events.jsonl | head -n 1)"
+watch: setup ## watch the running or newest run (or NAME=run): progress, curves, load, warnings; Ctrl-C leaves it alone
+	@$(CLI) monitor $(NAME)
+
+.PHONY: runs
+runs: setup ## list the runs: state, verb, progress, KL
+	@$(CLI) runs
+
+.PHONY: doctor
+doctor: setup ## what this machine has, and what to do about what it lacks
+	@$(CLI) doctor
 
 .PHONY: evaluate
 evaluate: setup ## the finished student against the teacher on the validation split

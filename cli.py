@@ -36,6 +36,7 @@ RunOption = Annotated[str | None, typer.Option("--name", help="The run: runs/NAM
 DataOption = Annotated[Path | None, typer.Option("--data", help="A JSONL file; the same as --set corpus.source=…")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value.")]
 GpusOption = Annotated[int | None, typer.Option("--gpus", help="Ranks: GPUs, or CPU processes where there is none.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ShardsOption = Annotated[Path | None, typer.Option("--shards", help="A shard set. [default: the run's own]")]
 
 
@@ -144,7 +145,7 @@ def generate(
 def inspect_shard(
     path: Annotated[Path, typer.Argument(help="A .arrow shard, or a folder of them.")],
     record: Annotated[int | None, typer.Option("--record", min=0, help="Decode this record too.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a shard holds.
 
@@ -163,10 +164,24 @@ def verify_shards(path: Annotated[Path, typer.Argument(help="The folder of a sha
     _print(verify(path))
 
 
-@app.command("runs")
-def list_runs(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+@app.command()
+def monitor(
+    run: Annotated[str | None, typer.Argument(help="A run's name or folder. [default: the running or newest]")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
+    """Watch a run: progress, curves, load, warnings, answers.
+
+    Live on a terminal until Ctrl-C, which leaves the run alone; once where the output is no terminal.
+    """
+    from pipeline.monitor import monitor as watch
+    from pipeline.runs import find_run
+
+    _print(watch(find_run(run), once=once, as_json=as_json))
+
+
+@app.command("runs")
+def list_runs(as_json: JsonOption = False) -> None:
     """List the runs, the newest first: state, verb, progress, KL."""
     from pipeline import runs
     from pipeline.json_output import json_text
