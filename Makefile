@@ -69,6 +69,10 @@ doctor: setup ## what this machine has, and what to do about what it lacks
 evaluate: setup ## the finished student against the teacher on the validation split
 	@$(CLI) evaluate $(if $(NAME),--name $(NAME))
 
+.PHONY: reference
+reference: setup ## write docs/cli.md anew from the command line itself
+	@PYTHONPATH=. .venv/bin/typer cli.py utils docs --name "python cli.py" --title "The command line" --output docs/cli.md
+
 .PHONY: lock
 lock: ## compile requirements/{cpu,cuda}.txt anew from pyproject.toml
 	@python3 requirements/lock.py

@@ -21,18 +21,38 @@ app = typer.Typer(
     name="minicodformer",
     help="Offline knowledge distillation: a teacher once into shards, a liquid student many times out of them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _recipe_names() -> list[str]:
+    from pipeline.recipe import shipped
+
+    return list(shipped())
+
+
+def _run_names() -> list[str]:
+    return sorted(path.parent.name for path in Path("runs").glob("*/recipe.toml"))
+
+
 RecipeOption = Annotated[
     str | None,
-    typer.Option("--recipe", help="A shipped recipe or a TOML file. [default: qwen3-8b with a GPU, else smollm2-demo]"),
+    typer.Option(
+        "--recipe",
+        autocompletion=_recipe_names,
+        help="A shipped recipe or a TOML file. [default: qwen3-8b with a GPU, else smollm2-demo]",
+    ),
 ]
-NameOption = Annotated[str | None, typer.Option("--name", help="The run: runs/NAME. [default: the recipe's name]")]
-RunOption = Annotated[str | None, typer.Option("--name", help="The run: runs/NAME. [default: the newest finished run]")]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", autocompletion=_run_names, help="The run: runs/NAME. [default: the recipe's name]"),
+]
+RunOption = Annotated[
+    str | None,
+    typer.Option("--name", autocompletion=_run_names, help="The run: runs/NAME. [default: the newest finished run]"),
+]
 DataOption = Annotated[Path | None, typer.Option("--data", help="A JSONL file; the same as --set corpus.source=…")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value.")]
 GpusOption = Annotated[int | None, typer.Option("--gpus", help="Ranks: GPUs, or CPU processes where there is none.")]
@@ -166,13 +186,17 @@ def verify_shards(path: Annotated[Path, typer.Argument(help="The folder of a sha
 
 @app.command()
 def monitor(
-    run: Annotated[str | None, typer.Argument(help="A run's name or folder. [default: the running or newest]")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(autocompletion=_run_names, help="A run's name or folder. [default: the running or newest]"),
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Watch a run: progress, curves, load, warnings, answers.
+    """Watch a run, live or once.
 
-    Live on a terminal until Ctrl-C, which leaves the run alone; once where the output is no terminal.
+    Progress, curves, load, warnings and answers; live on a terminal until Ctrl-C, which leaves the run alone, and once
+    where the output is no terminal.
     """
     from pipeline.monitor import monitor as watch
     from pipeline.runs import find_run
@@ -182,7 +206,7 @@ def monitor(
 
 @app.command("runs")
 def list_runs(as_json: JsonOption = False) -> None:
-    """List the runs, the newest first: state, verb, progress, KL."""
+    """List the runs with their state."""
     from pipeline import runs
     from pipeline.json_output import json_text
 

@@ -5,6 +5,7 @@ The run need not run: a stopped, failed or finished one is shown as it was left,
 
 from __future__ import annotations
 
+import math
 import socket
 import sys
 import time
@@ -148,7 +149,8 @@ class Watcher:
                 except (ShardError, OSError):  # verify-shards says what is wrong with it
                     continue
         newest = [self._coverages[path] for path in paths[-_NEWEST_SHARDS:] if path in self._coverages]
-        return sum(mass for mass, _ in newest) / sum(count for _, count in newest) if newest else None
+        known = [(mass, count) for mass, count in newest if math.isfinite(mass)]  # a set without probabilities has none
+        return sum(mass for mass, _ in known) / sum(count for _, count in known) if known else None
 
     def _samples(self) -> tuple[SampleView, ...]:
         try:
