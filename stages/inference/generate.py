@@ -1,38 +1,51 @@
 """The student in use: load a finished model and ask it.
 
-    student = Student.load("runs/NAME/final_model")
+    student = Student.load()
     student.generate("How much is 6 x 7?")[0].text
-    for piece in student.stream("How much is 6 x 7?"): ...
+    student.chat([Message(role="user", content="How much is 6 x 7?")]).text
+    for text in student.stream("How much is 6 x 7?"): ...
 
-A prompt is one user message and passes through the same chat template as in training. The same call gives the same
-answers; nothing here reads or moves a global random state. Streamed pieces joined are the text of `generate`.
+A prompt passes through the same chat template as in training. The same call gives the same answers; nothing here
+reads or moves a global random state. Streamed pieces joined are the text of `generate`, and greedy tokens are those
+of transformers' own `generate`.
 """
 
 from __future__ import annotations
 
-import json
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from typing_extensions import Unpack
 
 from stages.corpus.chat import read_thinking
 from stages.corpus.rows import Message
 from stages.corpus.tokenizer import ChatTokenizer, RefusedByTemplate
 from stages.errors import StageError
-from stages.inference.sampling import GumbelDraw, Sampling
-from stages.inference.transcript import FinishReason, Transcript
-from stages.student.config import MiniCodformerConfig
+from stages.inference.answer import Answer, Piece, TokenLogprob
+from stages.inference.batch import DecodeBatch
+from stages.inference.loading import load_model, newest_model
+from stages.inference.prompts import PromptCache
+from stages.inference.sampling import Sampling
+from stages.inference.transcript import FinishReason
 from stages.student.model import MiniCodformerForConditionalGeneration
 
 BATCH = 32
-"""Prompts answered at once; more are answered in turn."""
+"""Prompts answered at once; as one answer ends, the next prompt takes its place."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How answers are drawn, as keyword arguments; the fields of `Sampling` say what each means."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: Sequence[str]
+    logprobs: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,25 +58,27 @@ class Generation:
     prompt_tokens: int
     finish_reason: FinishReason
     """"stop": the model ended the answer, or a stop string did. "length": it was cut at max_new_tokens."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One a token of `token_ids`, where they were asked for."""
 
 
 class Student:
     """A finished model with its tokenizer. Calls do not change it, so threads may share one."""
 
     def __init__(self, model: MiniCodformerForConditionalGeneration, tokenizer: ChatTokenizer) -> None:
-        self._model = model.eval()
+        self.model = model.eval()
         self._tokenizer = tokenizer
 
     @classmethod
-    def load(cls, path: Path | str, *, device: str | None = None) -> Student:
-        """Read a model folder onto `device`, by default the GPU if there is one.
+    def load(cls, path: Path | str | None = None, *, device: str | None = None) -> Student:
+        """Read a model folder, by default the newest `runs/*/final_model` below the working directory.
 
-        Raises StageError where the folder is missing, damaged, or not a student.
+        It goes onto `device`, by default the GPU if there is one. Raises StageError where the folder is missing,
+        damaged, or not a student.
         """
-        folder = Path(path)
-        _require_student(folder)
+        folder = newest_model() if path is None else Path(path)
+        model = load_model(folder)
         tokenizer = ChatTokenizer.load(folder, thinking=read_thinking(folder))
-        model = _load_model(folder)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise StageError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}",
@@ -72,205 +87,92 @@ class Student:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, tokenizer)
 
-    def generate(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        max_new_tokens: int = 160,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> list[Generation]:
-        """Answer each prompt, in order. Raises ValueError for sampling values that mean nothing."""
+    def generate(self, prompts: str | Sequence[str], **options: Unpack[SamplingOptions]) -> list[Generation]:
+        """Answer each prompt, one user message each, in order. Raises ValueError for options that mean nothing."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self.generate_from_ids(
-            [self._prompt_ids(text) for text in texts],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-        )
+        return self.generate_from_ids([self.prompt_ids(text) for text in texts], **options)
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[SamplingOptions]) -> Generation:
+        """The next turn of a conversation. Raises ValueError, also for turns that the chat template does not take."""
+        (generation,) = self.generate_from_ids([self.prompt_ids(messages)], **options)
+        return generation
+
+    def stream(self, prompt: str | Sequence[Message], **options: Unpack[SamplingOptions]) -> Iterator[str]:
+        """The answer in pieces of whole characters, as they come. Closing the iterator ends the work."""
+        pieces = self.stream_pieces(prompt, **options)
+        return (piece.text for piece in pieces if piece.text)
+
+    def stream_pieces(self, prompt: str | Sequence[Message], **options: Unpack[SamplingOptions]) -> Iterator[Piece]:
+        """What each token brings: text, log-probabilities where asked for, and in the end the reason of the end."""
+        answer = self.answer(self.prompt_ids(prompt), sampling(**options))
+        return self._written_alone(answer)
 
     def generate_from_ids(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int = 160,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]
     ) -> list[Generation]:
         """Answer prompts that are token ids already, chat template included. Raises ValueError."""
-        sampling = _sampling(max_new_tokens, temperature, top_p, seed, stop)
-        self._require_ids(prompts)
-        answers: list[Generation] = []
-        for start in range(0, len(prompts), BATCH):
-            batch = prompts[start : start + BATCH]
-            seeds = range(seed + start, seed + start + len(batch))
-            transcripts = self._run(batch, sampling, seeds, lambda _: None, threading.Event())
-            answers += [_generation(*pair) for pair in zip(batch, transcripts, strict=True)]
-        return answers
+        drawn = sampling(**options)
+        for index, prompt in enumerate(prompts):
+            self.require_ids(prompt, f"prompt {index}")
+        answers = [self.answer(prompt, replace(drawn, seed=drawn.seed + index)) for index, prompt in enumerate(prompts)]
+        batch = self._batch()
+        waiting = deque(answers)
+        while waiting or len(batch):
+            batch.join([waiting.popleft() for _ in range(min(BATCH - len(batch), len(waiting)))])
+            batch.step()
+        return [_generation(answer) for answer in answers]
 
-    def stream(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int = 160,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """The answer in pieces of whole characters, as they come. Closing the iterator ends the work."""
-        sampling = _sampling(max_new_tokens, temperature, top_p, seed, stop)
-        return self._pieces(self._prompt_ids(prompt), sampling)
+    def answer(self, prompt_ids: Sequence[int], drawn: Sampling) -> Answer:
+        """An answer with nothing written yet, for a batch or a scheduler to write."""
+        return Answer(prompt_ids, drawn, self.decode, self.model.config.eos_token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without the special tokens."""
         return self._tokenizer.decode(ids)
 
-    def _prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Ids of a conversation under the chat template; a text is one user message. Raises ValueError."""
+        messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
         try:
-            (ids,) = self._tokenizer.encode_prompts([[Message(role="user", content=text)]])
+            (ids,) = self._tokenizer.encode_prompts([messages])
         except RefusedByTemplate as error:
             raise ValueError(f"the chat template refuses this prompt: {error}") from error
         listed: list[int] = ids.tolist()
         return listed
 
-    def _require_ids(self, prompts: Sequence[Sequence[int]]) -> None:
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {index} is empty")
-            if not 0 <= min(prompt) <= max(prompt) < self._model.config.vocab_size:
-                raise ValueError(f"prompt {index} holds an id outside the vocabulary")
+    def raw_ids(self, text: str) -> list[int]:
+        """Ids of a text as it stands, without the chat template."""
+        return self._tokenizer.encode_text(text)
 
-    def _pieces(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
-        """transformers pushes tokens where we are pulled for text: it runs in a thread of its own."""
-        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        cancelled = threading.Event()
+    def require_ids(self, prompt: Sequence[int], name: str) -> None:
+        """Raises ValueError where the ids are no prompt."""
+        if not prompt:
+            raise ValueError(f"{name} is empty")
+        if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
+            raise ValueError(f"{name} holds an id outside the vocabulary")
 
-        def work() -> None:
-            try:
-                self._run([prompt], sampling, [sampling.seed], pieces.put, cancelled)
-                pieces.put(None)
-            except BaseException as error:
-                pieces.put(error)
+    def _batch(self) -> DecodeBatch:
+        return DecodeBatch(self.model, PromptCache(self.model))
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                if piece:
-                    yield piece
-        finally:
-            cancelled.set()
-            thread.join()
-
-    @torch.inference_mode()
-    def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        on_text: Callable[[str], None],
-        cancelled: threading.Event,
-    ) -> list[Transcript]:
-        config = self._model.config
-        transcripts = [Transcript(self.decode, end_token_id=config.eos_token_id, stop=sampling.stop) for _ in prompts]
-        ids_BP, mask_BP = _padded(prompts, config.pad_token_id)
-        self._model.generate(
-            input_ids=ids_BP.to(self._model.device),
-            attention_mask=mask_BP.to(self._model.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=config.pad_token_id,
-                eos_token_id=config.eos_token_id,
-                decoder_start_token_id=config.decoder_start_token_id,
-            ),
-            logits_processor=LogitsProcessorList([GumbelDraw(sampling, seeds)] if sampling.temperature else []),
-            stopping_criteria=StoppingCriteriaList([_Listener(transcripts, on_text, cancelled)]),
-        )
-        for transcript in transcripts:
-            if transcript.finish_reason is None:
-                on_text(transcript.close("length"))
-        return transcripts
+    def _written_alone(self, answer: Answer) -> Iterator[Piece]:
+        batch = self._batch()
+        batch.join([answer])
+        while len(batch):
+            for _, piece in batch.step():
+                yield piece
 
 
-class _Listener(StoppingCriteria):
-    """Writes each new token into its transcript; a row is done when its transcript is, or nobody listens any more."""
-
-    def __init__(
-        self, transcripts: Sequence[Transcript], on_text: Callable[[str], None], cancelled: threading.Event
-    ) -> None:
-        self._transcripts = transcripts
-        self._on_text = on_text
-        self._cancelled = cancelled
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
-        for transcript, token_id in zip(self._transcripts, input_ids[:, -1].tolist(), strict=True):
-            if transcript.finish_reason is None:
-                self._on_text(transcript.push(token_id))
-        done = [self._cancelled.is_set() or row.finish_reason is not None for row in self._transcripts]
-        return torch.tensor(done, device=input_ids.device)
+def sampling(**options: Unpack[SamplingOptions]) -> Sampling:
+    """Checked options. Raises ValueError."""
+    return Sampling(**options)
 
 
-def _sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[str]) -> Sampling:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    return Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=strings)
-
-
-def _generation(prompt: Sequence[int], transcript: Transcript) -> Generation:
-    assert transcript.finish_reason is not None
+def _generation(answer: Answer) -> Generation:
+    assert answer.finish_reason is not None
     return Generation(
-        text=transcript.text,
-        token_ids=tuple(transcript.token_ids),
-        prompt_tokens=len(prompt),
-        finish_reason=transcript.finish_reason,
+        text=answer.text,
+        token_ids=tuple(answer.token_ids),
+        prompt_tokens=len(answer.prompt_ids),
+        finish_reason=answer.finish_reason,
+        logprobs=None if answer.sampling.logprobs is None else tuple(answer.logprobs),
     )
-
-
-def _padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask, [B, P], padded on the right."""
-    width = max(map(len, prompts))
-    ids_BP = torch.full((len(prompts), width), pad_token_id)
-    mask_BP = torch.zeros_like(ids_BP)
-    for row, prompt in enumerate(prompts):
-        ids_BP[row, : len(prompt)] = torch.tensor(prompt)
-        mask_BP[row, : len(prompt)] = 1
-    return ids_BP, mask_BP
-
-
-def _require_student(folder: Path) -> None:
-    hint = "name the final_model folder of a finished run"
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except FileNotFoundError as error:
-        raise StageError(f"no model in {folder}: there is no config.json", hint=hint) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StageError(f"{folder / 'config.json'} cannot be read: {error!r}", hint=hint) from error
-    if model_type != MiniCodformerConfig.model_type:
-        raise StageError(f"{folder} holds a {model_type!r} model, not a student", hint=hint)
-
-
-def _load_model(folder: Path) -> MiniCodformerForConditionalGeneration:
-    hint = "the folder is damaged: copy it again, or run make distill, which writes it again"
-    try:
-        model, loaded = MiniCodformerForConditionalGeneration.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # safetensors and transformers raise bare Exception for damaged files
-        raise StageError(f"the student in {folder} cannot be read: {error}", hint=hint) from error
-    wrong = sorted(
-        {str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loaded[kind]}
-    )
-    if wrong:
-        raise StageError(f"the weights in {folder} do not fit its config.json: {', '.join(wrong[:3])} …", hint=hint)
-    student: MiniCodformerForConditionalGeneration = model
-    return student

@@ -1,8 +1,7 @@
-"""How the next token is drawn. Random numbers come from generators of our own, one a prompt.
+"""How the next token is chosen: greedily, or by one uniform number put through the inverse of the distribution.
 
-A draw is the argmax of log-probabilities plus Gumbel noise, which is a sample from their softmax (Gumbel, 1954), so
-transformers' greedy search does the drawing and no global random state is read or moved. What a prompt draws depends
-on its seed alone, not on the prompts beside it.
+Random numbers come from generators of our own, one an answer and one number a token, so no global random state is read
+or moved, and what an answer draws depends on its seed alone, not on the answers beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, TopPLogitsWarper
+
+MAX_LOGPROBS = 20
+_LIKELY_NUCLEUS = 256
+"""Tokens that hold a nucleus nearly always; where they do not, the whole vocabulary is sorted."""
+_LOWEST_TEMPERATURE = 1e-30
+"""What a temperature above 0 is raised to, so that fp32 can divide by it. Far below it, draws are greedy already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +31,10 @@ class Sampling:
     """Draw among the most probable tokens that together reach this mass."""
     seed: int = 0
     """Prompt n of a call draws with seed + n."""
-    stop: tuple[str, ...] = ()
-    """An answer ends before any of these."""
+    stop: Sequence[str] = ()
+    """An answer ends before any of these; a text alone is one of them."""
+    logprobs: int | None = None
+    """Report each token's log-probability, and those of this many most probable tokens beside it."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -39,29 +45,67 @@ class Sampling:
             raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0, not {self.seed}")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if not all(self.stop):
             raise ValueError("a stop string must not be empty")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs must lie in [0, {MAX_LOGPROBS}], not {self.logprobs}")
 
 
-class GumbelDraw(LogitsProcessor):
-    """Turns scores [B, V] into ones whose argmax is a draw at the temperature, within top_p."""
-
-    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
-        self._temperature = sampling.temperature
-        self._nucleus = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores_BV = scores.float()
+def next_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
+    """One token a row. `uniforms` are the rows' random numbers in [0, 1); greedy rows do not look at theirs."""
+    tokens: list[int] = logits_BV.argmax(-1).tolist()
+    for nucleus in (False, True):
+        rows = [row for row, s in enumerate(samplings) if s.temperature and (s.top_p < 1) is nucleus]
+        if not rows:
+            continue
+        device = logits_BV.device
+        scores_RV = logits_BV[rows].float()
+        temperature_R1 = torch.tensor([[max(samplings[row].temperature, _LOWEST_TEMPERATURE)] for row in rows])
         # The best score becomes 0, so that the division cannot overflow upwards however low the temperature is.
-        scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / self._temperature
-        if self._nucleus is not None:
-            scores_BV = self._nucleus(input_ids, scores_BV)
-        noise_BV = torch.stack([self._gumbel(scores_BV.shape[-1], generator) for generator in self._generators])
-        drawn_BV: Tensor = scores_BV + noise_BV.to(scores_BV.device)
-        return drawn_BV
+        scores_RV = (scores_RV - scores_RV.amax(-1, keepdim=True)) / temperature_R1.to(device)
+        uniform_R1 = torch.tensor([[uniforms[row]] for row in rows], dtype=torch.float64, device=device)
+        probs_RV = scores_RV.softmax(-1)
+        if nucleus:
+            top_p_R1 = torch.tensor([[samplings[row].top_p] for row in rows], device=device)
+            probs_RK, ids_RK = _nucleus(probs_RV, top_p_R1)
+            drawn_R1 = ids_RK.gather(-1, _inverse_cdf(probs_RK, uniform_R1))
+        else:
+            drawn_R1 = _inverse_cdf(probs_RV, uniform_R1)
+        for row, token in zip(rows, drawn_R1[:, 0].tolist(), strict=True):
+            tokens[row] = token
+    return tokens
 
-    @staticmethod
-    def _gumbel(width: int, generator: torch.Generator) -> Tensor:
-        exponential_V = torch.empty(width).exponential_(generator=generator)
-        return -exponential_V.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+def _inverse_cdf(weights_RK: Tensor, uniform_R1: Tensor) -> Tensor:
+    """Index drawn in proportion to the weights, [R, 1]: the first whose cumulated weight exceeds the uniform share."""
+    cumulated_RK = weights_RK.cumsum(-1, dtype=torch.float64)
+    # uniform < 1 is a multiple of 2^-53, so the product stays below the total and no weight of 0 is ever drawn.
+    return torch.searchsorted(cumulated_RK, uniform_R1 * cumulated_RK[:, -1:], right=True)
+
+
+def _nucleus(probs_RV: Tensor, top_p_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities by falling size with 0 after the first that reach top_p, and their ids (Holtzman, 2019)."""
+    width = min(_LIKELY_NUCLEUS, probs_RV.shape[-1])
+    probs_RK, ids_RK = probs_RV.topk(width)
+    if (probs_RK.sum(-1, keepdim=True) < top_p_R1).any():
+        probs_RK, ids_RK = probs_RV.sort(-1, descending=True)
+    before_RK = probs_RK.cumsum(-1) - probs_RK
+    return probs_RK.masked_fill(before_RK >= top_p_R1, 0), ids_RK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A token of the vocabulary with its log-probability under the model, before temperature and top_p."""
+
+    token_id: int
+    logprob: float
+
+
+def candidates(logits_V: Tensor, token_id: int, count: int) -> tuple[Candidate, tuple[Candidate, ...]]:
+    """The chosen token, and the `count` most probable ones by falling probability."""
+    logprobs_V = logits_V.float().log_softmax(-1)
+    chosen = Candidate(token_id=token_id, logprob=float(logprobs_V[token_id]))
+    best = logprobs_V.topk(min(count, len(logprobs_V)))
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return chosen, tuple(Candidate(token_id=index, logprob=value) for index, value in top)

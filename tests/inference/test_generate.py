@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import threading
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from stages.errors import StageError
 from stages.inference import generate as generate_module
 from stages.inference.generate import Student
-from stages.inference.sampling import GumbelDraw, Sampling
+from stages.inference.sampling import Sampling, next_tokens
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +76,16 @@ def test_streaming_gives_whole_characters_as_they_come(student: Student, answers
     assert pieces == list(answers["讲"]), "each character is several tokens"
 
 
-def test_a_stream_that_is_closed_ends_its_work(student: Student) -> None:
-    before = threading.active_count()
+def test_a_stream_can_be_left_before_its_end(student: Student) -> None:
     stream = student.stream("count", temperature=50.0, max_new_tokens=100_000)
     assert len(list(islice(stream, 3))) == 3
-    stream.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == before
 
 
 def test_an_error_while_streaming_reaches_the_caller(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(student._model, "generate", fail)
+    monkeypatch.setattr(student.model, "output_hidden", fail)
     with pytest.raises(RuntimeError, match="the device is gone"):
         list(student.stream("count"))
 
@@ -124,7 +120,8 @@ def test_draws_follow_the_softmax_at_the_temperature_within_top_p() -> None:
     draws = 20_000
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (2.0, 0.8)):
         sampling = Sampling(temperature=temperature, top_p=top_p)
-        drawn = GumbelDraw(sampling, range(draws))(torch.zeros(draws, 1), logits.expand(draws, -1)).argmax(-1)
+        uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(0)).tolist()
+        drawn = torch.tensor(next_tokens(logits.expand(draws, -1), [sampling] * draws, uniforms))
         expected = (logits / temperature).softmax(-1)
         order = expected.argsort(descending=True)
         nucleus = order[(expected[order].cumsum(0) - expected[order]) < top_p]

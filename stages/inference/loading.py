@@ -1,0 +1,49 @@
+"""A model folder to a model: what is missing, damaged or no student is refused, and nothing in it is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from stages.errors import StageError
+from stages.student.config import MiniCodformerConfig
+from stages.student.model import MiniCodformerForConditionalGeneration
+
+
+def newest_model(runs: Path = Path("runs")) -> Path:
+    """The newest `runs/*/final_model`. Raises StageError where there is none."""
+    models = sorted(runs.glob("*/final_model"), key=lambda path: path.stat().st_mtime)
+    if not models:
+        raise StageError(f"no finished run under {runs.resolve()}", hint="run make demo, or name a model's folder")
+    return models[-1]
+
+
+def load_model(folder: Path) -> MiniCodformerForConditionalGeneration:
+    """Read the weights in fp32 onto the CPU. Raises StageError."""
+    _require_student(folder)
+    hint = "the folder is damaged: copy it again, or run make distill, which writes it again"
+    try:
+        model, loaded = MiniCodformerForConditionalGeneration.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # safetensors and transformers raise bare Exception for damaged files
+        raise StageError(f"the student in {folder} cannot be read: {error}", hint=hint) from error
+    wrong = sorted(
+        {str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loaded[kind]}
+    )
+    if wrong:
+        raise StageError(f"the weights in {folder} do not fit its config.json: {', '.join(wrong[:3])} …", hint=hint)
+    student: MiniCodformerForConditionalGeneration = model.eval()
+    return student
+
+
+def _require_student(folder: Path) -> None:
+    hint = "name the final_model folder of a finished run"
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except FileNotFoundError as error:
+        raise StageError(f"no model in {folder}: there is no config.json", hint=hint) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{folder / 'config.json'} cannot be read: {error!r}", hint=hint) from error
+    if model_type != MiniCodformerConfig.model_type:
+        raise StageError(f"{folder} holds a {model_type!r} model, not a student", hint=hint)

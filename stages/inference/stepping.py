@@ -1,0 +1,117 @@
+"""The student one token at a time, many answers side by side: prompts encoded once, states of fixed size a row.
+
+Rows join and leave between any two steps. A row is the recurrent memory and the last inputs of the convolution of
+each layer, and the keys and values of its prompt, which no row copies and several may share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.student.decoder import DecoderLayer
+from stages.student.layers import split_heads
+from stages.student.model import MiniCodformerForConditionalGeneration as Model
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """Cross-attention keys (scaled, [L, H, E, P]) and values ([L, H, P, E]) of one prompt."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(slots=True)
+class DecoderState:
+    """Rows that are decoded together."""
+
+    windows_LBKD: Tensor
+    memories_LBHEF: Tensor
+    prompts: list[EncodedPrompt]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@torch.inference_mode()
+def encode(model: Model, prompts: Sequence[Sequence[int]]) -> list[EncodedPrompt]:
+    """Encode prompts of any lengths; none may be empty."""
+    encoded = []
+    for prompt in prompts:
+        ids_1P = torch.tensor([prompt], device=model.device)
+        hidden_1PD = model.model.encoder(ids_1P).last_hidden_state
+        keys, values = [], []
+        for layer in _layers(model):
+            cross = layer.cross
+            key, value = (split_heads(part, cross.heads)[0] for part in cross.key_value(hidden_1PD).chunk(2, -1))
+            keys.append((cross.key_norm(key) * key.shape[-1] ** -0.5).transpose(-1, -2).contiguous())
+            values.append(value.contiguous())
+        encoded.append(EncodedPrompt(torch.stack(keys), torch.stack(values)))
+    return encoded
+
+
+def fresh(model: Model, prompts: Sequence[EncodedPrompt]) -> DecoderState:
+    """Rows that have written nothing yet."""
+    config, rows = model.config, len(prompts)
+    layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.head_size
+    return DecoderState(
+        torch.zeros(layers, rows, config.conv_kernel - 1, config.hidden_size, device=model.device, dtype=model.dtype),
+        torch.zeros(layers, rows, heads, size, size, device=model.device),
+        list(prompts),
+    )
+
+
+def joined(first: DecoderState, second: DecoderState) -> DecoderState:
+    return DecoderState(
+        torch.cat([first.windows_LBKD, second.windows_LBKD], 1),
+        torch.cat([first.memories_LBHEF, second.memories_LBHEF], 1),
+        first.prompts + second.prompts,
+    )
+
+
+def kept(state: DecoderState, rows: Sequence[int]) -> DecoderState:
+    index = torch.tensor(rows, device=state.windows_LBKD.device, dtype=torch.long)
+    return DecoderState(
+        state.windows_LBKD[:, index], state.memories_LBHEF[:, index], [state.prompts[row] for row in rows]
+    )
+
+
+@torch.inference_mode()
+def advance(model: Model, tokens: Sequence[int], state: DecoderState) -> Tensor:
+    """Feed one token to each row; the state moves on in place. Returns the logits of the next token, [B, V]."""
+    hidden_BD = model.get_input_embeddings()(torch.tensor(tokens, device=model.device))
+    for index, layer in enumerate(_layers(model)):
+        mixer, cross = layer.mixer, layer.cross
+        normed_BD = layer.mixer_norm(hidden_BD)
+        window_BKD = torch.cat([state.windows_LBKD[index], normed_BD[:, None]], 1)
+        state.windows_LBKD[index] = window_BKD[:, 1:]
+        sensory_BD = F.silu((window_BKD * mixer.conv_weight.T).sum(1))
+        command = mixer.command(F.silu(mixer.inter(sensory_BD)))
+        query_BHE, key_BHE, value_BHE, log_decay_BHE = mixer._recurrence_inputs(command, None)
+        memory_BHEF = state.memories_LBHEF[index]
+        memory_BHEF.mul_(log_decay_BHE.exp()[..., None]).addcmul_(key_BHE[..., None], value_BHE[..., None, :])
+        read_BHF = (query_BHE[..., None, :] @ memory_BHEF)[..., 0, :].to(hidden_BD.dtype)
+        hidden_BD = hidden_BD + mixer.motor(mixer.head_norm(read_BHF).flatten(-2) * F.silu(mixer.gate(normed_BD)))
+        query_BHE = cross.query_norm(cross.query(layer.cross_norm(hidden_BD)).unflatten(-1, (cross.heads, -1)))
+        read = [
+            torch.bmm(torch.bmm(query_HE[:, None], prompt.keys[index]).softmax(-1), prompt.values[index])
+            for query_HE, prompt in zip(query_BHE.unbind(0), state.prompts, strict=True)
+        ]
+        hidden_BD = hidden_BD + cross.out(torch.stack(read).flatten(1))
+        hidden_BD = hidden_BD + layer.mlp(layer.mlp_norm(hidden_BD))
+    logits_BV: Tensor = model.lm_head(model.output_hidden(model.model.decoder.norm(hidden_BD)))
+    return logits_BV
+
+
+def _layers(model: Model) -> list[DecoderLayer]:
+    return cast(list[DecoderLayer], list(model.model.decoder.layers))

@@ -1,0 +1,120 @@
+"""The decode batch against transformers' own `generate`, an implementation that shares none of its code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from stages.inference.answer import Answer
+from stages.inference.batch import DecodeBatch
+from stages.inference.generate import Student
+from stages.inference.prompts import PromptCache
+from stages.inference.sampling import Sampling, candidates
+
+
+@pytest.fixture(scope="module")
+def student(student_folder: Path) -> Student:
+    return Student.load(student_folder, device="cpu")
+
+
+def by_transformers(student: Student, prompt: list[int], new_tokens: int) -> list[int]:
+    config = student.model.config
+    wanted = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=config.pad_token_id,
+        eos_token_id=config.eos_token_id,
+        decoder_start_token_id=config.decoder_start_token_id,
+    )
+    ids = student.model.generate(input_ids=torch.tensor([prompt]), generation_config=wanted)[0, 1:].tolist()
+    return [token for token in ids if token != config.eos_token_id]
+
+
+@pytest.fixture(scope="module")
+def prompts(student: Student, answers: dict[str, str]) -> list[list[int]]:
+    """Ragged: what the student has learnt, and noise of 1 to 40 tokens that it has not."""
+    generator = torch.Generator().manual_seed(5)
+    noise = [torch.randint(3, 250, (length,), generator=generator).tolist() for length in (1, 2, 7, 19, 40)]
+    return [student.prompt_ids(text) for text in answers] + noise
+
+
+def test_greedy_answers_are_those_of_transformers(student: Student, prompts: list[list[int]]) -> None:
+    given = student.generate_from_ids(prompts, max_new_tokens=24)
+    assert [list(g.token_ids) for g in given] == [by_transformers(student, prompt, 24) for prompt in prompts]
+
+
+def test_joining_and_leaving_at_any_token_changes_no_answer(student: Student, prompts: list[list[int]]) -> None:
+    alone = [list(student.generate_from_ids([prompt], max_new_tokens=20)[0].token_ids) for prompt in prompts]
+    answers = [student.answer(prompt, Sampling(max_new_tokens=20)) for prompt in prompts]
+    left = [student.answer(prompt, Sampling(max_new_tokens=20)) for prompt in prompts]
+    batch = DecodeBatch(student.model, PromptCache(student.model))
+    for answer, leaver in zip(answers, left, strict=True):
+        batch.join([leaver, answer])
+        batch.step()
+        batch.step()
+        batch.drop([leaver])
+    while len(batch):
+        batch.step()
+    assert [answer.token_ids for answer in answers] == alone
+    assert all(len(leaver.token_ids) == 2 or leaver.finish_reason for leaver in left)
+
+
+def test_a_finished_answer_leaves_the_batch_and_is_not_written_on(student: Student, answers: dict[str, str]) -> None:
+    batch = DecodeBatch(student.model, PromptCache(student.model))
+    short, long = (student.answer(student.prompt_ids("count"), Sampling(max_new_tokens=n)) for n in (2, 9))
+    batch.join([short, long])
+    sizes = []
+    while len(batch):
+        sizes.append(len(batch))
+        batch.step()
+    assert sizes[:2] == [2, 2]
+    assert set(sizes[2:]) == {1}
+    assert short.finish_reason == "length"
+
+
+def test_the_prompt_cache_keeps_the_last_used_within_its_bytes(student: Student) -> None:
+    prompts = [(5,) * 8, (6,) * 8, (7,) * 8]
+    (size,) = {encoded.bytes for encoded in PromptCache(student.model).encoded(prompts)}
+    cache = PromptCache(student.model, capacity=2 * size)
+    first, second, again = cache.encoded([prompts[0], prompts[1], prompts[0]])
+    assert again is first
+    assert (cache.hits, cache.misses, cache.bytes) == (1, 2, 2 * size)
+    assert cache.encoded([prompts[2]])[0] is not second
+    assert [prompt in cache for prompt in prompts] == [True, False, True], "the least recently used one went"
+    tiny = PromptCache(student.model, capacity=size - 1)
+    assert len(tiny.encoded(prompts)) == 3
+    assert tiny.bytes == 0
+
+
+def test_log_probabilities_are_the_models_own(student: Student, answers: dict[str, str]) -> None:
+    prompt = student.prompt_ids("count")
+    for temperature in (0.0, 3.0):
+        (given,) = student.generate_from_ids([prompt], temperature=temperature, logprobs=4, max_new_tokens=12)
+        assert given.logprobs is not None
+        assert [token.token_id for token in given.logprobs] == list(given.token_ids)
+        start = [student.model.config.decoder_start_token_id, *given.token_ids]
+        with torch.no_grad():
+            logits = student.model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([start])).logits[0]
+        for token, expected in zip(given.logprobs, logits.log_softmax(-1), strict=False):
+            assert token.logprob == pytest.approx(float(expected[token.token_id]), abs=1e-4)
+            best = expected.topk(4)
+            assert [t.logprob for t in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert student.generate("count")[0].logprobs is None
+
+
+def test_more_alternatives_than_tokens_are_all_tokens() -> None:
+    chosen, top = candidates(torch.tensor([0.0, 1.0]), 0, 20)
+    assert chosen.logprob == pytest.approx(-1.3133, abs=1e-3)
+    assert [candidate.token_id for candidate in top] == [1, 0]
+
+
+def test_an_answer_says_whether_its_prompt_was_at_hand(student: Student) -> None:
+    batch = DecodeBatch(student.model, PromptCache(student.model))
+    first, second = (student.answer([5, 6], Sampling(max_new_tokens=1)) for _ in range(2))
+    batch.join([first])
+    batch.join([second])
+    assert (first.cached_prompt, second.cached_prompt) == (False, True)
+    assert isinstance(first, Answer)
