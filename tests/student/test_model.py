@@ -211,14 +211,15 @@ def test_parameters_are_read_only_inside_their_own_module(student, batch):
     assert all(parameter.numel() == 0 for parameter in student.parameters())
 
 
-def test_bf16_follows_fp32(make_student, batch):
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)], ids=["bf16", "fp16"])
+def test_half_precision_follows_fp32(make_student, batch, dtype, bound):
     student = make_student()
     prompt, response = batch
     exact = student(prompt, None, response).logits
-    rough = student.to(torch.bfloat16)(prompt, None, response).logits
-    assert rough.dtype == torch.bfloat16
+    rough = student.to(dtype)(prompt, None, response).logits
+    assert rough.dtype == dtype
     assert student.model.decoder.layers[0].mixer.command.polarity.dtype == torch.int8
-    assert (rough.float() - exact).norm() / exact.norm() < 0.1
+    assert (rough.float() - exact).norm() / exact.norm() < bound
 
 
 def test_build_student_is_a_function_of_its_seed(make_student):

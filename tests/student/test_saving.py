@@ -15,7 +15,7 @@ from stages.student import ltc
 
 LOAD_ELSEWHERE = """
 import json, sys
-sys.modules["ncps"] = None
+sys.modules.update(dict.fromkeys(("ncps", "stages", "shards", "pipeline")))
 import torch
 from transformers import AutoModelForSeq2SeqLM
 student = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()

@@ -1,0 +1,124 @@
+"""O8: the finished model's folder serves where neither this project nor ncps is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from shards.manifest import begin, seal
+from shards.reader import ShardSet
+from shards.record import Record
+from shards.writer import write_shard
+from stages.distill.export import export_model, exported_facts
+from stages.student.model import MiniCodformerForConditionalGeneration, build_student
+from stages.student.shape import StudentShape
+
+TEXT = "t3 t4 t5 t9 t11"
+REPORT = {
+    "positions": 1234,
+    "kl": 0.5,
+    "cross_entropy": 1.25,
+    "perplexity": 3.49,
+    "top1_agreement": 0.625,
+    "top5_agreement": 0.875,
+}
+RESULT = {
+    "steps": 7,
+    "positions": 4321,
+    "precision": "fp32",
+    "untrained": REPORT | {"kl": 2.75},
+    "validation": REPORT,
+}
+ANSWER_ELSEWHERE = """
+import json, sys
+sys.modules.update(dict.fromkeys(("ncps", "stages", "shards", "pipeline")))
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+folder, text = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+student = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
+assert type(student).__module__.startswith("transformers_modules")
+prompt = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+answer = student.generate(**prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)[0].tolist()
+print(json.dumps([prompt["input_ids"][0].tolist(), answer]))
+"""
+
+
+@pytest.fixture
+def sealed(tmp_path: Path, shards: Path, record: Callable[..., Record]) -> ShardSet:
+    """One record, and a teacher whose tokenizer reads the word t<id> as that id."""
+    folder, contract = tmp_path / "shards", ShardSet(shards).manifest.contract
+    begin(folder, contract)
+    words = Tokenizer(models.WordLevel({f"t{token}": token for token in range(contract.vocab_size)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "teacher")
+    seal(folder, contract, [write_shard(folder, "train-000", "train", contract, [record(0, 0)])])
+    return ShardSet(folder)
+
+
+@pytest.fixture
+def student(sealed: ShardSet, shape: StudentShape) -> MiniCodformerForConditionalGeneration:
+    contract = sealed.manifest.contract
+    return build_student(
+        shape,
+        vocab_size=contract.vocab_size,
+        start_token_id=contract.start_token_id,
+        end_token_id=contract.end_token_id,
+        seed=3,
+    ).eval()
+
+
+def export(folder: Path, student: MiniCodformerForConditionalGeneration, sealed: ShardSet, **result: Any) -> None:
+    weights = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    export_model(folder, student, weights, sealed, {"identity": {}, "result": RESULT | result})
+
+
+def test_O8_the_exported_folder_answers_alike_without_this_project(student, sealed, tmp_path):
+    folder = tmp_path / "final_model"
+    export(folder, student, sealed)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    answer = subprocess.run(
+        [sys.executable, "-I", "-c", ANSWER_ELSEWHERE, str(folder), TEXT],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    prompt = [3, 4, 5, 9, 11]
+    expected = student.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert json.loads(answer.stdout.splitlines()[-1]) == [prompt, expected[0].tolist()]
+
+
+def test_the_model_card_tells_size_teacher_and_measured_quality(student, sealed, tmp_path):
+    folder = tmp_path / "final_model"
+    export(folder, student, sealed)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"{sum(parameter.numel() for parameter in student.parameters()):,} parameters" in card
+    assert "from `tiny`" in card
+    assert "| KL(teacher, student), nats | 2.75 | 0.5 |" in card
+    assert "1,234 positions" in card
+    assert exported_facts(folder)["result"] == RESULT
+
+
+def test_the_model_card_claims_no_quality_that_nobody_measured(student, sealed, tmp_path):
+    folder = tmp_path / "final_model"
+    export(folder, student, sealed, untrained=None, validation=None)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Not measured" in card
+    assert "| measure" not in card
