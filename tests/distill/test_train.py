@@ -22,6 +22,7 @@ from stages.distill.evaluate import evaluate_model
 from stages.distill.losses.attention import attention_kl
 from stages.distill.objective import LOSSES
 from stages.distill.order import TrainingOrder, record_lengths
+from stages.distill.precision import cpu_multiplies_fp16
 from stages.distill.settings import DistillSettings, ObjectiveSettings
 from stages.distill.start import fresh_student
 from stages.errors import StageError
@@ -137,6 +138,10 @@ def test_sixteen_bits_train_and_resume_bit_for_bit(
     precision: str, zero_stage: int, undisturbed: Any, train_here: TrainHere, tmp_path: Path
 ) -> None:
     way = {"precision": precision, "zero_stage": zero_stage, "epochs": 2, "checkpoint_every": 2}
+    if precision == "fp16" and not cpu_multiplies_fp16():
+        with pytest.raises(StageError, match="this CPU cannot train in fp16"):
+            train_here(tmp_path / "refused", **way)
+        return
     whole = train_here(tmp_path / "whole", **way, keep_checkpoints=9)
     assert whole.losses[1] == pytest.approx(undisturbed.losses[1], rel=5e-3)
     assert whole.losses[6] < whole.losses[1]
