@@ -151,11 +151,10 @@ def generate(run: RunFolder, prompts: Sequence[str], **sampling: Any) -> list[Ge
 
 
 def newest_run(root: Path = Path("runs")) -> RunFolder:
-    """The run with a finished model that was written to last."""
-    models = sorted(root.glob("*/final_model"), key=lambda path: path.stat().st_mtime)
-    if not models:
-        raise PipelineError(f"no finished run under {root.resolve()}", hint="run make demo, or name a run with --name")
-    return RunFolder(models[-1].parent)
+    """The run with a finished model that was written to last. Raises StageError where there is none."""
+    from stages.inference.loading import newest_model
+
+    return RunFolder(newest_model(root).parent)
 
 
 def _require_model(run: RunFolder) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,11 @@ def standing_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.report("distill", {**result, "untrained": {**validation, "kl": 9.0}, "validation": validation})
     run.report("evaluate", {"validation": validation, "samples": [{"prompt": "1 + 1?", "answer": "3", "label": "2"}]})
     return run.path
+
+
+@pytest.fixture(scope="session")
+def save_byte_tokenizer() -> Callable[[Path], None]:
+    return _save_tokenizer
 
 
 @pytest.fixture

@@ -98,10 +98,6 @@ class ChatTokenizer:
         """Prompt ids [P] as `encode` gives them. Raises RefusedByTemplate."""
         return [self._prompt_array(ids) for ids in self._ids([self._prompt(prompt) for prompt in prompts])]
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of a text as it stands: no chat template, and a special token where the text spells one."""
-        return self._ids([text])[0]
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without the special tokens."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

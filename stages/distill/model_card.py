@@ -38,8 +38,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
-prompt = tokenizer("...", return_tensors="pt", return_token_type_ids=False)
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=128)[0], skip_special_tokens=True))
+messages = [{{"role": "user", "content": "..."}}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(prompt["input_ids"], max_new_tokens=128)[0], skip_special_tokens=True))
 ```
 
 torch and transformers are enough. `trust_remote_code` runs the modelling files of this folder. Assisted decoding is

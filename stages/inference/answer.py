@@ -44,8 +44,6 @@ class Answer:
         self.prompt_ids = tuple(prompt_ids)
         self.sampling = sampling
         self.logprobs: list[TokenLogprob] = []
-        self.cached_prompt = False
-        """Whether the prompt's encoding was at hand already."""
         self._transcript = Transcript(decode, end_token_id=end_token_id, stop=sampling.stop)
         self._decode = decode
         self._generator = torch.Generator().manual_seed(sampling.seed) if sampling.temperature else None

@@ -28,8 +28,6 @@ class DecodeBatch:
 
     def join(self, answers: Sequence[Answer]) -> None:
         """Take answers in: their prompts are encoded now, their first tokens come with the next step."""
-        for answer in answers:
-            answer.cached_prompt = answer.prompt_ids in self._prompts
         encoded = self._prompts.encoded([answer.prompt_ids for answer in answers])
         self._state = joined(self._state, fresh(self._model, encoded))
         self._answers += answers

@@ -140,10 +140,6 @@ class Student:
         listed: list[int] = ids.tolist()
         return listed
 
-    def raw_ids(self, text: str) -> list[int]:
-        """Ids of a text as it stands, without the chat template."""
-        return self._tokenizer.encode_text(text)
-
     def require_ids(self, prompt: Sequence[int], name: str) -> None:
         """Raises ValueError where the ids are no prompt."""
         if not prompt:

@@ -14,7 +14,9 @@ def newest_model(runs: Path = Path("runs")) -> Path:
     """The newest `runs/*/final_model`. Raises StageError where there is none."""
     models = sorted(runs.glob("*/final_model"), key=lambda path: path.stat().st_mtime)
     if not models:
-        raise StageError(f"no finished run under {runs.resolve()}", hint="run make demo, or name a model's folder")
+        raise StageError(
+            f"no finished run under {runs.resolve()}", hint="run make demo, or name a run or a model's folder"
+        )
     return models[-1]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from stages.corpus.chat import CHAT_FILE, chat_document
 from stages.corpus.rows import Conversation, Message
@@ -15,10 +14,6 @@ from stages.corpus.tokenizer import ChatTokenizer
 from stages.student.model import build_student
 from stages.student.shape import StudentShape
 
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 ANSWERS = {
     "count": "one two three four",
     "how much is six times seven, please?": "It is 42. 答案是四十二 🎉!",
@@ -33,10 +28,10 @@ def answers() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def student_folder(tmp_path_factory: pytest.TempPathFactory, save_byte_tokenizer: Callable[[Path], None]) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("student")
-    _save_tokenizer(folder)
+    save_byte_tokenizer(folder)
     tokenizer = ChatTokenizer.load(folder)
     shape = StudentShape(hidden_size=32, heads=2, encoder_layers=1, decoder_layers=1, intermediate_size=48)
     student = build_student(
@@ -65,25 +60,3 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student.save_pretrained(folder)
     (folder / CHAT_FILE).write_bytes(chat_document(thinking=True))
     return folder
-
-
-def _save_tokenizer(folder: Path) -> None:
-    """Bytes and little more, so that one character of Chinese is several tokens."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=280,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["one two three four"] * 4, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        pad_token="<|im_end|>",
-        chat_template=TEMPLATE,
-    ).save_pretrained(str(folder))

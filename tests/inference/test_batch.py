@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from stages.inference.answer import Answer
 from stages.inference.batch import DecodeBatch
 from stages.inference.generate import Student
 from stages.inference.prompts import PromptCache
@@ -109,12 +108,3 @@ def test_more_alternatives_than_tokens_are_all_tokens() -> None:
     chosen, top = candidates(torch.tensor([0.0, 1.0]), 0, 20)
     assert chosen.logprob == pytest.approx(-1.3133, abs=1e-3)
     assert [candidate.token_id for candidate in top] == [1, 0]
-
-
-def test_an_answer_says_whether_its_prompt_was_at_hand(student: Student) -> None:
-    batch = DecodeBatch(student.model, PromptCache(student.model))
-    first, second = (student.answer([5, 6], Sampling(max_new_tokens=1)) for _ in range(2))
-    batch.join([first])
-    batch.join([second])
-    assert (first.cached_prompt, second.cached_prompt) == (False, True)
-    assert isinstance(first, Answer)
