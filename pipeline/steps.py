@@ -101,6 +101,7 @@ def evaluate(run: RunFolder, *, shards: Path | None) -> Mapping[str, Any]:
     from stages.inference.generate import Student
 
     _require_model(run)
+    _silence_loading_bars()
     settings = run.recipe().generation
     with run.lock("evaluate"), listening(run.events) as emit:
         shard_set = ShardSet(shards or run.shards)
@@ -147,6 +148,7 @@ def generate(run: RunFolder, prompts: Sequence[str], **sampling: Any) -> list[Ge
     from stages.inference.generate import Student
 
     _require_model(run)
+    _silence_loading_bars()
     return Student.load(run.final_model).generate(prompts, **sampling)
 
 
@@ -155,6 +157,13 @@ def newest_run(root: Path = Path("runs")) -> RunFolder:
     from stages.inference.loading import newest_model
 
     return RunFolder(newest_model(root).parent)
+
+
+def _silence_loading_bars() -> None:
+    """A student is read in a moment: transformers' bar for it would only stand between the lines of ours."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def _require_model(run: RunFolder) -> None:
