@@ -1,4 +1,4 @@
-# The verbs of cli.py for people. Variables: RECIPE, NAME, DATA, GPUS, SHARDS, SET, TARGET.
+# The verbs of cli.py for people. Variables: RECIPE, NAME, DATA, GPUS, SHARDS, SET, OUT, TARGET.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
@@ -10,7 +10,7 @@ RANK_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(SHARDS),--shards $(SHARDS))
 .PHONY: help
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: RECIPE=smollm2-demo|qwen3-8b|file.toml  NAME=run  DATA=rows.jsonl  GPUS=n  SHARDS=folder  SET='a.b=c d.e=f'"
+	@echo "Variables: RECIPE=smollm2-demo|qwen3-8b|file.toml  NAME=run  DATA=rows.jsonl  GPUS=n  SHARDS=folder  SET='a.b=c d.e=f'  OUT=folder"
 
 .PHONY: setup
 setup: ## everything this machine needs, into .venv (once; CPU or CUDA by what the machine has)
@@ -68,6 +68,18 @@ doctor: setup ## what this machine has, and what to do about what it lacks
 .PHONY: evaluate
 evaluate: setup ## the finished student against the teacher on the validation split
 	@$(CLI) evaluate $(if $(NAME),--name $(NAME))
+
+.PHONY: card
+card: setup ## write the model card of a finished run, from its facts
+	@$(CLI) card $(if $(NAME),--name $(NAME))
+
+.PHONY: export-model
+export-model: setup ## copy a finished model, card and all, to a new folder (OUT=folder)
+	@$(CLI) export-model $(OUT) $(if $(NAME),--name $(NAME))
+
+.PHONY: share
+share: setup ## write the dataset card of a shard set (SHARDS=folder)
+	@$(CLI) share $(SHARDS)
 
 .PHONY: reference
 reference: setup ## write docs/cli.md anew from the command line itself

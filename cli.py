@@ -185,6 +185,42 @@ def verify_shards(path: Annotated[Path, typer.Argument(help="The folder of a sha
 
 
 @app.command()
+def card(name: RunOption = None) -> None:
+    """Write the model card of a finished run.
+
+    From the facts of the run only, into README.md of its final model; what was not measured is said to be absent.
+    """
+    from pipeline.card import write_card
+
+    typer.echo(f"card       {write_card(_finished_run(name))}")
+
+
+@app.command("export-model")
+def export_model(
+    target: Annotated[Path, typer.Argument(help="The folder to make; it must not be there yet.")],
+    name: RunOption = None,
+) -> None:
+    """Copy a finished model to give it away.
+
+    Weights, config, code, tokenizer, generation config and card: a folder that transformers loads by itself.
+    """
+    from pipeline.export import export_model as export
+
+    _print(export(_finished_run(name), target))
+
+
+@app.command()
+def share(path: Annotated[Path, typer.Argument(help="The folder of a complete shard set.")]) -> None:
+    """Write the dataset card of a shard set.
+
+    Sizes, contract, coverage, fidelity where it was measured, licences as far as known, and how to read the set.
+    """
+    from pipeline.share import share as write
+
+    _print(write(path))
+
+
+@app.command()
 def monitor(
     run: Annotated[
         str | None,

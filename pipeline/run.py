@@ -79,7 +79,7 @@ class RunFolder:
                 if begun:
                     _require_equal(standing, recipe, sections, self.path)
             recipe = replace(recipe, name=standing.name)
-        _write_atomically(self.recipe_file, recipe.to_toml())
+        write_atomically(self.recipe_file, recipe.to_toml())
         return recipe
 
     def _begun(self) -> tuple[tuple[tuple[str, ...], bool], ...]:
@@ -98,7 +98,7 @@ class RunFolder:
     def report(self, stage: str, facts: Mapping[str, Any]) -> None:
         """Put a stage's closing facts into summary.json."""
         merged = {**self.summary(), stage: dict(facts)}
-        _write_atomically(self.summary_file, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(self.summary_file, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
 
 
 def _require_equal(standing: Recipe, asked: Recipe, sections: tuple[str, ...], where: Path) -> None:
@@ -111,7 +111,7 @@ def _require_equal(standing: Recipe, asked: Recipe, sections: tuple[str, ...], w
             )
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as handle:

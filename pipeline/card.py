@@ -1,0 +1,221 @@
+"""The model card of a run: README.md in its final model, from the facts of the run and from nothing else.
+
+A number that the run does not hold is said to be absent. Nothing is claimed about licences, languages or uses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.run import RunFolder, write_atomically
+from shards.manifest import file_sha256
+
+CARD = "README.md"
+ABSENT = "not known"
+
+
+def write_card(run: RunFolder) -> Path:
+    """Write the card into the run's final model and return its path. Raises PipelineError where there is no model."""
+    path = run.final_model / CARD
+    write_atomically(path, model_card(run))
+    return path
+
+
+def model_card(run: RunFolder) -> str:
+    """The card's text. Raises PipelineError where the run has no final model."""
+    if not run.final_model.is_dir():
+        raise PipelineError(
+            f"{run.path} has no final model yet", hint="run make distill first; it resumes where it stopped"
+        )
+    training = _json(run.final_model / "training.json")
+    config = _json(run.final_model / "config.json")
+    summary = _summary_of_this_model(run)
+    parts = [
+        ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- distillation", "---"],
+        [f"# {run.path.name}"],
+        [
+            "A student of offline knowledge distillation: an encoder over the prompt and a liquid (LTC-NCP) decoder",
+            "whose state has a fixed size, trained from cached distributions of its teacher.",
+        ],
+        ["## Use", "", *_use(config)],
+        ["## Model", "", *table(_model(config, run.final_model))],
+        ["## Teacher and data", "", *table(_teacher(training.get("identity", {}), summary))],
+        ["## Training", "", *table(_training(training, summary))],
+        ["## Evaluation", "", *_evaluation(summary, training)],
+        ["## Answers", "", *_answers(summary)],
+        ["## Limits", "", *_limits(summary)],
+        [
+            "## Licence",
+            "",
+            f"{ABSENT[0].upper()}{ABSENT[1:]}: no file of the run says it. Those of teacher and data apply.",
+        ],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def table(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Facts as a table of two columns; None is said to be absent."""
+    yield "| | |"
+    yield "|---|---|"
+    for name, value in facts.items():
+        yield f"| {name} | {_cell(value)} |"
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == "":
+        return ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _summary_of_this_model(run: RunFolder) -> dict[str, Any]:
+    """What the run reported, without an evaluation of other weights than those that lie there now."""
+    summary = run.summary()
+    measured = summary.get("evaluate", {}).get("made_from", {}).get("model_sha256")
+    weights = run.final_model / "model.safetensors"
+    if measured is not None and weights.is_file() and file_sha256(weights) != measured:
+        del summary["evaluate"]
+    return summary
+
+
+def _use(config: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "from stages.inference.generate import Student  # of MiniCodformer",
+        "",
+        'student = Student.load("path/of/this/folder")',
+        'print(student.generate("How many eggs are in three dozen?")[0].text)',
+    ]
+    if "auto_map" in config:
+        lines += ["", "# or with transformers alone, which then runs the model's code that lies in this folder:"]
+        lines += ["from transformers import AutoModelForSeq2SeqLM", ""]
+        lines += ['model = AutoModelForSeq2SeqLM.from_pretrained("path/of/this/folder", trust_remote_code=True)']
+    return ["```python", *lines, "```"]
+
+
+def _model(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    return {
+        "architecture": ", ".join(config.get("architectures") or []) or None,
+        "parameters": _parameters(folder),
+        "vocabulary": config.get("vocab_size"),
+        "width": config.get("hidden_size"),
+        "encoder and decoder layers": _pair(config.get("num_encoder_layers"), config.get("num_hidden_layers")),
+        "heads": config.get("num_attention_heads"),
+        "feed-forward width": config.get("intermediate_size"),
+        "weights": config.get("dtype"),
+    }
+
+
+def _pair(first: int | None, second: int | None) -> str | None:
+    return None if first is None or second is None else f"{first} and {second}"
+
+
+def _parameters(folder: Path) -> int | None:
+    """Of the model that the folder's config describes, a tied weight once, without the buffers that are stored too."""
+    import torch
+
+    from stages.student.config import MiniCodformerConfig
+    from stages.student.model import MiniCodformerForConditionalGeneration
+
+    if not (folder / "config.json").is_file():
+        return None
+    with torch.device("meta"):
+        model = MiniCodformerForConditionalGeneration(MiniCodformerConfig.from_pretrained(folder))
+    return sum(int(parameter.numel()) for parameter in model.parameters())
+
+
+def _teacher(identity: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    cached = summary.get("teacher_cache", {})
+    fingerprint = identity.get("contract.teacher_fingerprint")
+    corpus = identity.get("contract.corpus_fingerprint")
+    return {
+        "teacher": identity.get("contract.teacher"),
+        "teacher's fingerprint (sha256)": fingerprint and fingerprint[:16],
+        "engine": identity.get("contract.engine"),
+        "precision of body and head": identity.get("contract.dtype"),
+        "kept of a distribution": _selection(identity),
+        "corpus fingerprint (sha256)": corpus and corpus[:16],
+        "records cached": cached.get("records"),
+        "positions cached": cached.get("positions"),
+    }
+
+
+def _selection(identity: Mapping[str, Any]) -> str | None:
+    """As the contract says it, in either of its forms."""
+    selection = identity.get("contract.selection")
+    if isinstance(selection, Mapping):
+        settings = {name: value for name, value in selection.items() if name != "kind"}
+        return f"{selection.get('kind')} ({', '.join(f'{name} {value}' for name, value in settings.items())})"
+    k = identity.get("contract.k")
+    return selection and (f"{selection}, k {k}" if k else str(selection))
+
+
+def _training(training: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    result = training.get("result") or summary.get("distill", {})
+    identity = training.get("identity", {})
+    settings = {name: value for name, value in identity.items() if name.startswith(("distill.", "objective."))}
+    return {
+        "steps": result.get("steps"),
+        "positions trained on": result.get("positions"),
+        "seconds in steps": result.get("seconds"),
+        "ranks": result.get("ranks"),
+        "precision": result.get("precision"),
+        **{f"`{name}`": value for name, value in settings.items()},
+    }
+
+
+def _evaluation(summary: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
+    before = (training.get("result") or {}).get("untrained") or {}
+    after = summary.get("evaluate", {}).get("validation") or (training.get("result") or {}).get("validation") or {}
+    if not after:
+        return ["Not measured: this run has no validation report."]
+    lines = ["Against the teacher's cached distributions, on the validation split.", ""]
+    lines += ["| | untrained | trained |", "|---|---|---|"]
+    for name, value in after.items():
+        lines.append(f"| {name.replace('_', ' ')} | {_cell(before.get(name))} | {_cell(value)} |")
+    return [
+        *lines,
+        "",
+        "`kl` is KL(teacher || student) in nats over the kept ids and one bucket for the rest: a lower bound of the",
+        "whole.",
+    ]
+
+
+def _answers(summary: Mapping[str, Any]) -> list[str]:
+    samples = summary.get("evaluate", {}).get("samples") or []
+    if not samples:
+        return ["None recorded: `evaluate` has not been run."]
+    generation = summary["evaluate"].get("made_from", {}).get("generation", {})
+    how = ", ".join(f"{name} {value}" for name, value in generation.items() if name != "prompts")
+    lines = [f"Validation prompts, none chosen{f' ({how})' if how else ''}."]
+    for sample in samples:
+        for name in ("prompt", "answer", "label"):
+            lines += ["", f"{name}:", "", *_quoted(str(sample.get(name, ABSENT)))]
+    return lines
+
+
+def _quoted(text: str) -> list[str]:
+    """Text as an indented block, so that nothing in it is markup."""
+    return [f"    {line}" for line in text.strip().splitlines()] or ["    (empty)"]
+
+
+def _limits(summary: Mapping[str, Any]) -> list[str]:
+    measured = "validation" in summary.get("evaluate", {})
+    lines = ["- Measured on text of the training corpus's own kind only; on any other text nothing is known."]
+    lines += [] if measured else ["- `evaluate` has not been run on this model."]
+    return [*lines, "- Not tested for bias, safety or truth."]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return facts

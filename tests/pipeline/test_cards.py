@@ -1,0 +1,161 @@
+"""Cards say what the run holds and admit what it does not; an export is whole, equal, and never over something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.card import model_card, write_card
+from pipeline.errors import PipelineError, UsageError
+from pipeline.export import export_model
+from pipeline.run import RunFolder
+from pipeline.share import dataset_card, share
+from shards.errors import ShardError
+from shards.inspect import verify_shards
+from shards.manifest import file_sha256, read_manifest
+from shards.reader import ShardSet
+from stages.inference.generate import Student
+
+
+@pytest.fixture
+def run(finished_run: Path) -> RunFolder:
+    return RunFolder(finished_run)
+
+
+def rows(card: str) -> dict[str, str]:
+    """The tables of a card: first cell -> the rest."""
+    return {m[1]: m[2] for m in re.finditer(r"^\| (.+?) \| (.+) \|$", card, re.MULTILINE)}
+
+
+def test_the_model_card_has_the_figures_of_the_run(run: RunFolder) -> None:
+    told = rows(model_card(run))
+    validation = run.summary()["evaluate"]["validation"]
+    assert told["kl"] == f"not known | {validation['kl']:.4g}"
+    assert told["steps"] == "3"
+    student = Student.load(run.final_model)
+    assert told["parameters"] == f"{sum(p.numel() for p in student._model.parameters()):,}"
+    assert "answer:\n\n    3\n" in model_card(run)
+
+
+def test_what_was_not_measured_is_said_to_be_absent(run: RunFolder) -> None:
+    run.summary_file.unlink()
+    (run.final_model / "training.json").write_text("{}", encoding="utf-8")
+    card = model_card(run)
+    told = rows(card)
+    assert {told[name] for name in ("teacher", "engine", "steps", "precision", "records cached")} == {"not known"}
+    assert "Not measured: this run has no validation report." in card
+    assert "None recorded: `evaluate` has not been run." in card
+    assert "- `evaluate` has not been run on this model." in card
+
+
+def test_an_evaluation_of_other_weights_is_not_this_models(run: RunFolder) -> None:
+    evaluate = run.summary()["evaluate"]
+    for sha, present in ((file_sha256(run.final_model / "model.safetensors"), True), ("0" * 64, False)):
+        run.report("evaluate", {**evaluate, "made_from": {"model_sha256": sha}})
+        assert ("answer:\n\n    3\n" in model_card(run)) == present
+
+
+def test_text_of_samples_cannot_become_markup(run: RunFolder) -> None:
+    evil = "# heading\n<script>\n```"
+    run.report("evaluate", {"samples": [{"prompt": evil, "answer": evil, "label": ""}]})
+    card = model_card(run)
+    assert card.count("    # heading") == 2
+    assert "\n# heading" not in card
+    assert "\n<script>" not in card
+
+
+def test_a_card_needs_a_model(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="no final model"):
+        write_card(RunFolder(tmp_path))
+
+
+def test_an_export_is_the_whole_model_with_its_card_and_answers_alike(run: RunFolder, tmp_path: Path) -> None:
+    write_card(run)
+    target = tmp_path / "given" / "away"
+    (line,) = export_model(run, target)
+    assert "README.md" in line
+    names = {path.name for path in run.final_model.iterdir()}
+    assert {path.name for path in target.iterdir()} == names
+    for name in names:
+        assert (target / name).read_bytes() == (run.final_model / name).read_bytes()
+    ours, theirs = (Student.load(folder).generate("hallo", max_new_tokens=4) for folder in (run.final_model, target))
+    assert ours == theirs
+    assert [path.name for path in target.parent.iterdir()] == ["away"]
+
+
+def test_an_export_never_overwrites(run: RunFolder, tmp_path: Path) -> None:
+    file, folder, link = tmp_path / "file", tmp_path / "folder", tmp_path / "link"
+    file.write_text("mine", encoding="utf-8")
+    folder.mkdir()
+    link.symlink_to(tmp_path / "nowhere")
+    for target in (file, folder, link):
+        with pytest.raises(UsageError, match="is there already"):
+            export_model(run, target)
+    assert file.read_text(encoding="utf-8") == "mine"
+    assert list(folder.iterdir()) == []
+
+
+def test_an_export_that_fails_leaves_nothing(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.export.sync", full)
+    with pytest.raises(OSError, match="No space"):
+        export_model(run, tmp_path / "out" / "model")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_that_is_not_whole_is_not_exported(run: RunFolder, tmp_path: Path) -> None:
+    (run.final_model / "tokenizer.json").unlink()
+    with pytest.raises(PipelineError, match=r"lacks tokenizer\.json"):
+        export_model(run, tmp_path / "model")
+
+
+def test_the_dataset_card_has_the_sets_sizes_contract_and_quality(run: RunFolder) -> None:
+    told = rows(dataset_card(run.shards))
+    manifest = read_manifest(run.shards)
+    for split in ("train", "dev"):
+        (info,) = [info for info in manifest.shards if info.split == split]
+        assert f"1 | {info.records:,} | {info.positions:,}" in dataset_card(run.shards)
+    for field in dataclasses.fields(manifest.contract):
+        assert f"`{field.name}`" in told
+    assert told["`teacher`"] == "made-up/teacher"
+    split = ShardSet(run.shards).split("dev")
+    masses = [mass for index in range(len(split)) for mass in split[index].coverage_N.tolist()]
+    coverage, least, *_ = told["dev"].split(" | ")
+    assert float(coverage) == pytest.approx(sum(masses) / len(masses), abs=2e-3)
+    assert float(least) == pytest.approx(min(masses), abs=2e-3)
+
+
+def test_fidelity_is_told_where_it_was_measured(run: RunFolder) -> None:
+    assert "Not measured" in dataset_card(run.shards)
+    cached = run.summary()["teacher_cache"]
+    run.report("teacher_cache", {**cached, "fidelity": {"mean KL to the live teacher": 0.25}})
+    assert rows(dataset_card(run.shards))["mean KL to the live teacher"] == "0.25"
+
+
+def test_a_shared_set_stays_intact_and_its_reading_example_runs(run: RunFolder) -> None:
+    share(run.shards)
+    assert verify_shards(run.shards).intact
+    (example,) = re.findall(r"```python\n(.*?)```", (run.shards / "README.md").read_text("utf-8"), re.DOTALL)
+    exec(example.replace("path/of/this/folder", str(run.shards)), {})
+    (run.shards / "manifest.json").unlink()
+    with pytest.raises(ShardError):
+        share(run.shards)
+
+
+def test_licences_are_told_where_the_set_holds_them(run: RunFolder) -> None:
+    assert "Of the teacher and of the corpus: not known" in dataset_card(run.shards)
+    (run.shards / "teacher" / "LICENSE").write_text("Apache-2.0", encoding="utf-8")
+    assert "The teacher's own, in `teacher/`: LICENSE" in dataset_card(run.shards)
+
+
+def test_the_model_cards_example_loads_the_model(run: RunFolder) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", model_card(run), re.DOTALL)
+    ours = example.partition("\n# or")[0]
+    exec(ours.replace("path/of/this/folder", str(run.final_model)), {})
+    assert ("trust_remote_code" in example) == ("auto_map" in json.loads((run.final_model / "config.json").read_text()))
