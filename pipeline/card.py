@@ -16,6 +16,29 @@ from shards.manifest import file_sha256
 
 CARD = "README.md"
 ABSENT = "not known"
+_FRONT_MATTER = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- minicodformer
+- knowledge-distillation
+---"""
+
+_ELSEWHERE = """\
+Where MiniCodformer is not, torch and transformers are enough; `trust_remote_code` runs the modelling files of this
+folder. Assisted decoding is refused: a recurrent state cannot be taken back to an earlier token.
+
+```python
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+folder = "path/of/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
+messages = [{"role": "user", "content": "How many eggs are in three dozen?"}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(prompt["input_ids"], max_new_tokens=128)[0], skip_special_tokens=True))
+```"""
 
 
 def write_card(run: RunFolder) -> Path:
@@ -35,13 +58,13 @@ def model_card(run: RunFolder) -> str:
     config = _json(run.final_model / "config.json")
     summary = _summary_of_this_model(run)
     parts = [
-        ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- distillation", "---"],
+        _FRONT_MATTER.splitlines(),
         [f"# {run.path.name}"],
         [
             "A student of offline knowledge distillation: an encoder over the prompt and a liquid (LTC-NCP) decoder",
             "whose state has a fixed size, trained from cached distributions of its teacher.",
         ],
-        ["## Use", "", *_use(config)],
+        ["## Use", "", *_use(run.final_model)],
         ["## Model", "", *table(_model(config, run.final_model))],
         ["## Teacher and data", "", *table(_teacher(training.get("identity", {}), summary))],
         ["## Training", "", *table(_training(training, summary))],
@@ -87,18 +110,16 @@ def _summary_of_this_model(run: RunFolder) -> dict[str, Any]:
     return summary
 
 
-def _use(config: Mapping[str, Any]) -> list[str]:
+def _use(folder: Path) -> list[str]:
     lines = [
-        "from stages.inference.generate import Student  # of MiniCodformer",
+        "from stages.inference import Student  # of MiniCodformer",
         "",
         'student = Student.load("path/of/this/folder")',
         'print(student.generate("How many eggs are in three dozen?")[0].text)',
     ]
-    if "auto_map" in config:
-        lines += ["", "# or with transformers alone, which then runs the model's code that lies in this folder:"]
-        lines += ["from transformers import AutoModelForSeq2SeqLM", ""]
-        lines += ['model = AutoModelForSeq2SeqLM.from_pretrained("path/of/this/folder", trust_remote_code=True)']
-    return ["```python", *lines, "```"]
+    if "auto_map" not in _json(folder / "config.json"):
+        return ["```python", *lines, "```"]
+    return ["```python", *lines, "```", "", *_ELSEWHERE.splitlines()]
 
 
 def _model(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

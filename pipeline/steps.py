@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import launch
 from pipeline.assets import corpus_file, teacher_folder
+from pipeline.card import write_card
 from pipeline.errors import PipelineError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.run import RunFolder
@@ -88,6 +89,7 @@ def distill(recipe: Recipe, run: RunFolder, *, shards: Path | None, gpus: int | 
     with run.lock("distill"):
         run.adopt(recipe)
         launch.run_ranks(run, shards, count, here)
+        write_card(run)
     return dict(run.summary()["distill"])
 
 
@@ -118,6 +120,7 @@ def evaluate(run: RunFolder, *, shards: Path | None) -> Mapping[str, Any]:
         samples = _answer_validation_prompts(Student.load(run.final_model), shard_set, settings)
         facts = {"validation": dataclasses.asdict(report), "samples": samples, "made_from": made_from}
         run.report("evaluate", facts)
+        write_card(run)
     return facts
 
 

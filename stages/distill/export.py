@@ -1,6 +1,7 @@
 """The finished model: a folder that transformers loads where this project is not. It appears whole or not at all.
 
-Weights, configuration, modelling files (through `auto_map`), generation settings, tokenizer and model card.
+Weights, configuration, modelling files (through `auto_map`), generation settings and tokenizer. Its card is written by
+`pipeline/card.py`, which knows the whole run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from shards.manifest import HEAD_PCA_FILE
 from shards.reader import ShardSet
-from stages.distill.model_card import model_card
 from stages.errors import StageError
 from stages.student.model import MiniCodformerForConditionalGeneration
 
@@ -33,7 +33,6 @@ def export_model(
 ) -> None:
     """Write `student` with `weights`, by parameter name, next to the teacher's tokenizer and `facts` on its training.
 
-    `facts["result"]` is the finished `TrainResult` as a dict, which the model card tells.
     Raises Corrupt where a tokenizer file is not the one that the shards were sealed with.
     """
     for name, parameter in student.named_parameters():
@@ -46,9 +45,6 @@ def export_model(
         if name != HEAD_PCA_FILE:
             shards.verify_teacher_file(name)
             shutil.copyfile(shards.teacher_folder / name, temporary / name)
-    parameters = sum(parameter.numel() for parameter in student.parameters())
-    card = model_card(shards.manifest.contract, parameters, facts["result"])
-    (temporary / "README.md").write_text(card, encoding="utf-8")
     (temporary / FACTS).write_text(json.dumps(dict(facts), indent=1) + "\n", encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
         _flush(path)

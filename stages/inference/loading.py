@@ -11,13 +11,13 @@ from stages.student.model import MiniCodformerForConditionalGeneration
 
 
 def newest_model(runs: Path = Path("runs")) -> Path:
-    """The newest `runs/*/final_model`. Raises StageError where there is none."""
-    models = sorted(runs.glob("*/final_model"), key=lambda path: path.stat().st_mtime)
-    if not models:
+    """The `runs/*/final_model` whose weights are the newest. Raises StageError where there is none."""
+    weights = sorted(runs.glob("*/final_model/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not weights:
         raise StageError(
             f"no finished run under {runs.resolve()}", hint="run make demo, or name a run or a model's folder"
         )
-    return models[-1]
+    return weights[-1].parent
 
 
 def load_model(folder: Path) -> MiniCodformerForConditionalGeneration:

@@ -103,22 +103,4 @@ def test_O8_the_exported_folder_answers_alike_without_this_project(student, seal
     prompt = [3, 4, 5, 9, 11]
     expected = student.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert json.loads(answer.stdout.splitlines()[-1]) == [prompt, expected[0].tolist()]
-
-
-def test_the_model_card_tells_size_teacher_and_measured_quality(student, sealed, tmp_path):
-    folder = tmp_path / "final_model"
-    export(folder, student, sealed)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"{sum(parameter.numel() for parameter in student.parameters()):,} parameters" in card
-    assert "from `tiny`" in card
-    assert "| KL(teacher, student), nats | 2.75 | 0.5 |" in card
-    assert "1,234 positions" in card
     assert exported_facts(folder)["result"] == RESULT
-
-
-def test_the_model_card_claims_no_quality_that_nobody_measured(student, sealed, tmp_path):
-    folder = tmp_path / "final_model"
-    export(folder, student, sealed, untrained=None, validation=None)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "Not measured" in card
-    assert "| measure" not in card

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from shards.inspect import verify_shards
 from shards.manifest import file_sha256, read_manifest
 from shards.reader import ShardSet
 from stages.inference.generate import Student
+from stages.inference.loading import load_model, newest_model
 
 
 @pytest.fixture
@@ -36,8 +37,7 @@ def test_the_model_card_has_the_figures_of_the_run(run: RunFolder) -> None:
     validation = run.summary()["evaluate"]["validation"]
     assert told["kl"] == f"not known | {validation['kl']:.4g}"
     assert told["steps"] == "3"
-    student = Student.load(run.final_model)
-    assert told["parameters"] == f"{sum(p.numel() for p in student._model.parameters()):,}"
+    assert told["parameters"] == f"{sum(p.numel() for p in load_model(run.final_model).parameters()):,}"
     assert "answer:\n\n    3\n" in model_card(run)
 
 
@@ -154,8 +154,17 @@ def test_licences_are_told_where_the_set_holds_them(run: RunFolder) -> None:
     assert "The teacher's own, in `teacher/`: LICENSE" in dataset_card(run.shards)
 
 
-def test_the_model_cards_example_loads_the_model(run: RunFolder) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", model_card(run), re.DOTALL)
-    ours = example.partition("\n# or")[0]
-    exec(ours.replace("path/of/this/folder", str(run.final_model)), {})
-    assert ("trust_remote_code" in example) == ("auto_map" in json.loads((run.final_model / "config.json").read_text()))
+def test_a_new_card_makes_no_older_model_the_newest(run: RunFolder) -> None:
+    newer = run.path.with_name("newer")
+    shutil.copytree(run.path, newer)
+    (newer / "final_model" / "model.safetensors").touch()
+    write_card(run)
+    assert newest_model(run.path.parent) == newer / "final_model"
+
+
+def test_every_example_of_the_model_card_runs(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = re.findall(r"```python\n(.*?)```", model_card(run), re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example.replace("path/of/this/folder", str(run.final_model)), {})
+        assert capsys.readouterr().out
