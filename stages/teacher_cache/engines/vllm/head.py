@@ -21,7 +21,8 @@ from vllm.distributed import (
 
 from stages.errors import StageError
 from stages.teacher_cache.engines.vllm.wire import write_columns
-from stages.teacher_cache.signals import complete, select_topk, tail_sums
+from stages.teacher_cache.signals import complete, tail_sums
+from stages.wide_topk import select_topk
 
 _LOGITS_BYTES = 128 * 2**20
 """fp32 logits held at once by a rank. On a CPU the matrix product of 512 rows costs 20 % less a row than of 128."""
