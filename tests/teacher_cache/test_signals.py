@@ -12,10 +12,10 @@ from torch import Tensor
 from stages.teacher_cache.signals import (
     attention_heads_sum,
     complete,
-    select_topk,
     summarise_attention,
     tail_sums,
 )
+from stages.wide_topk import select_topk
 
 
 def random_logits(rows: int, width: int, seed: int, scale: float = 3.0) -> Tensor:
