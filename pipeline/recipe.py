@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.errors import UsageError
 from stages.corpus.settings import CorpusSettings
@@ -134,11 +134,15 @@ def _build_section(section: str, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
-    """Check a TOML value against a field's type; an int is a float too, and "none" is None where that is allowed."""
-    if isinstance(kind, types.UnionType):
-        if value == "none":
+    """Check a TOML value against a field's type; an int is a float too, and "none" and "auto" stand where they may."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        options = typing.get_args(kind)
+        words = [word for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)]
+        if value in words:
+            return value
+        if value == "none" and type(None) in options:
             return None
-        (kind,) = (option for option in typing.get_args(kind) if option is not type(None))
+        (kind,) = (one for one in options if one is not type(None) and typing.get_origin(one) is not Literal)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list):
             raise UsageError(f"{where} must be a list, not {value!r}", hint="write it as [a, b, c]")

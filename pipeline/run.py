@@ -19,11 +19,12 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.recipe import Recipe, load
 from pipeline.turn import take_turn
+from stages.distill.settings import FREE_SETTINGS
 
 CACHE_SECTIONS = ("corpus", "teacher", "cache")
 STUDENT_SECTIONS = ("student", "distill", "objective")
 # What may differ between two starts of one training run without changing what it trains.
-_FREE_KEYS = frozenset({"distill.checkpoint_every", "distill.keep_checkpoints"})
+_FREE_KEYS = frozenset(f"distill.{name}" for name in FREE_SETTINGS)
 
 
 @dataclass(frozen=True, slots=True)

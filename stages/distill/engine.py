@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from stages.distill.batches import Batch
 from stages.distill.objective import DistillModule, LossTerms
 from stages.distill.optimizer import make_optimizer
-from stages.distill.order import Share
+from stages.distill.placement import Placement
 from stages.distill.settings import DistillSettings
 from stages.distill.world import World
 
@@ -52,7 +52,7 @@ class Engine:
     """One rank's handle on the training step. Every method is a collective operation."""
 
     def __init__(
-        self, module: DistillModule, settings: DistillSettings, *, precision: str, share: Share, world: World
+        self, module: DistillModule, settings: DistillSettings, *, precision: str, placement: Placement, world: World
     ) -> None:
         """Takes over the module: its parameters may be partitioned from here on."""
         deepspeed = _quiet_deepspeed(world)
@@ -60,9 +60,9 @@ class Engine:
         self._base = make_optimizer(module.student, settings)
         self._world = world
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=self._base, config=_configuration(settings, precision, share)
+            model=module, optimizer=self._base, config=_configuration(settings, precision, placement)
         )
-        self._stage = settings.zero_stage
+        self._stage = placement.zero_stage
         self._fp16 = precision == "fp16"
 
     @property
@@ -213,17 +213,17 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return shape
 
 
-def _configuration(settings: DistillSettings, precision: str, share: Share) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if settings.offload_optimizer:
+def _configuration(settings: DistillSettings, precision: str, placement: Placement) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": placement.zero_stage}
+    if placement.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    if settings.offload_parameters:
+    if placement.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     # Stage 0 adds up gradients in the model's own type only; stage 1 would change to another, unquiet optimiser.
-    sums = {"grad_accum_dtype": "fp32"} if settings.zero_stage >= 2 else {}
+    sums = {"grad_accum_dtype": "fp32"} if placement.zero_stage >= 2 else {}
     return {
-        "train_micro_batch_size_per_gpu": share.micro_batch,
-        "gradient_accumulation_steps": share.accumulation,
+        "train_micro_batch_size_per_gpu": placement.share.micro_batch,
+        "gradient_accumulation_steps": placement.share.accumulation,
         "gradient_clipping": settings.clip,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,

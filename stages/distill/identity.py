@@ -8,22 +8,8 @@ import json
 from typing import Any
 
 from shards.reader import ShardSet
-from stages.distill.settings import DistillSettings, ObjectiveSettings
+from stages.distill.settings import FREE_SETTINGS, DistillSettings, ObjectiveSettings
 from stages.student.shape import StudentShape
-
-# How a step is computed, saved or watched, not what it computes.
-_FREE = frozenset(
-    {
-        "micro_batch",
-        "zero_stage",
-        "offload_optimizer",
-        "offload_parameters",
-        "precision",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "validate_every",
-    }
-)
 
 
 def identity_of(
@@ -33,7 +19,7 @@ def identity_of(
     contract = json.loads(shards.contract.to_json())
     contents = [(shard.name, shard.sha256) for shard in shards.manifest.shards]
     files = sorted(shards.manifest.teacher_files.items())
-    bound = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
+    bound = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_SETTINGS}
     return {
         **{f"contract.{name}": value for name, value in contract.items()},
         "shards.sha256": hashlib.sha256(json.dumps([contents, files]).encode()).hexdigest(),

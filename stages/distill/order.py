@@ -1,9 +1,11 @@
 """Which records form each step, and who computes them: pure functions of seed, step, rank and world size.
 
-- The records of a step, the global batch, depend on the seed and the step alone.
-- Ranks and micro-batches only divide that set: by length, so that a micro-batch holds records of like length and all
-  ranks are at like lengths at the same time. Any world size that divides the global batch trains on the same steps.
-- Every epoch is a fresh permutation; what does not fill its last global batch is left out of that epoch.
+- The records of a step, the global batch, depend on the seed and the step alone, and on no step before it.
+- Every epoch is a fresh permutation, cut into buckets of some global batches. A bucket's records are sorted by length
+  into batches, and the batches shuffled: little is padded, and long and short take turns. What does not fill the last
+  global batch is left out of that epoch.
+- Ranks and micro-batches only divide a global batch: a micro-batch holds records of like length, and all ranks are at
+  like lengths at the same time. Any world size that divides the global batch trains on the same steps.
 """
 
 from __future__ import annotations
@@ -43,59 +45,95 @@ def share_of_rank(global_batch: int, micro_batch: int, world: int) -> Share:
 
 
 def record_lengths(split: Split) -> Indices:
-    """Prompt and response of each record, in tokens."""
-    return split.prompt_lengths.astype(np.int64) + split.response_lengths.astype(np.int64)
+    """Tokens of each record, [records, 2]: its prompt's and its response's, which are padded apart."""
+    return np.stack([split.prompt_lengths, split.response_lengths], 1).astype(np.int64)
 
 
-@lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> Indices:
-    order = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(count)
-    order.setflags(write=False)
-    return order
+def tiled(records: Indices, lengths_N2: Indices, size: int) -> Indices:
+    """`records` in an order in which every `size` in a row have like prompts and like responses, and so do neighbours.
+
+    Sort-tile-recursive packing (Leutenegger et al. 1997): strips by response length, each sorted by prompt length,
+    every other one backwards. `lengths_N2` is indexed by record.
+    """
+    tiles = -(-records.size // size)
+    strips = round(tiles**0.5)
+    by_response = records[np.argsort(lengths_N2[records, 1], kind="stable")]
+    cuts = np.linspace(0, tiles, strips + 1).round().astype(int)[1:-1] * size
+    pieces = []
+    for number, strip in enumerate(np.split(by_response, cuts)):
+        by_prompt = np.argsort(lengths_N2[strip, 0], kind="stable")
+        pieces.append(strip[by_prompt[::-1] if number % 2 else by_prompt])
+    return np.concatenate(pieces)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def padding_share(lengths_N2: Indices, micro_batches: Indices) -> float:
+    """The share of a step's tokens that are padding, each micro-batch (the last axis) padded to its own longest."""
+    tokens = lengths_N2[micro_batches]
+    padded = tokens.max(-2).sum() * micro_batches.shape[-1]
+    return 1.0 - float(tokens.sum() / padded)
+
+
 class TrainingOrder:
-    """The steps of a run over `lengths.size` records, for a world of any size."""
+    """The steps of a run over `lengths_N2.shape[0]` records, for a world of any size.
 
-    lengths: Indices
-    """Cost of each record in tokens: prompt and response."""
-    seed: int
-    global_batch: int
-    epochs: int
+    Raises ValueError where the records do not fill a global batch.
+    """
 
-    def __post_init__(self) -> None:
-        if self.lengths.size < self.global_batch:
-            raise ValueError(f"{self.lengths.size} records do not fill a global batch of {self.global_batch}")
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.lengths.size // self.global_batch
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
+    def __init__(
+        self, *, lengths_N2: Indices, seed: int, global_batch: int, epochs: int, bucket_batches: int = 1
+    ) -> None:
+        count = lengths_N2.shape[0]
+        if count < global_batch:
+            raise ValueError(f"{count} records do not fill a global batch of {global_batch}")
+        self.lengths_N2 = lengths_N2
+        """Tokens of each record: prompt, response."""
+        self.steps_per_epoch = count // global_batch
+        self.steps = epochs * self.steps_per_epoch
+        self._seed = seed
+        self._global_batch = global_batch
+        # Buckets of a quarter epoch at most: else a small set would be cut into the same batches in every epoch.
+        self._bucket = min(bucket_batches, max(1, self.steps_per_epoch // 4))
+        self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
+        self._batches = lru_cache(maxsize=2)(self._make_batches)
 
     def global_batch_of(self, step: int) -> Indices:
-        """The records of 0-based `step`, shortest first."""
+        """The records of 0-based `step`."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.lengths.size, self.seed, epoch)
-        records = order[place * self.global_batch : (place + 1) * self.global_batch]
-        return records[np.argsort(self.lengths[records], kind="stable")]
+        bucket, within = divmod(place, self._bucket)
+        records: Indices = self._batches(epoch, bucket)[within]
+        return records
 
     def micro_batches(self, step: int, share: Share) -> Indices:
         """All micro-batches of a step, [accumulation, world, micro_batch]: `[:, rank]` is what a rank computes."""
-        return self.global_batch_of(step).reshape(share.accumulation, -1, share.micro_batch)
+        records = tiled(self.global_batch_of(step), self.lengths_N2, share.micro_batch)
+        return records.reshape(share.accumulation, -1, share.micro_batch)
+
+    def _make_epoch_order(self, epoch: int) -> Indices:
+        return _generator(self._seed, epoch, 0).permutation(self.lengths_N2.shape[0])
+
+    def _make_batches(self, epoch: int, bucket: int) -> Indices:
+        """The global batches of one bucket, [batches, global batch], in the order in which they are trained on."""
+        first = bucket * self._bucket
+        last = min(first + self._bucket, self.steps_per_epoch)
+        size = self._global_batch
+        records = tiled(self._epoch_order(epoch)[first * size : last * size], self.lengths_N2, size)
+        return _generator(self._seed, epoch, bucket + 1).permutation(records.reshape(-1, size))
 
 
-def sharded_pass(lengths: Indices, micro_batch: int, rank: int, world: int) -> list[Indices]:
-    """One rank's part of a pass over every record once, shortest first.
+def _generator(seed: int, epoch: int, part: int) -> np.random.Generator:
+    """Independent randomness for every seed, epoch and part of it; what came before need not be drawn."""
+    key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, 0, part], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def sharded_pass(lengths_N2: Indices, micro_batch: int, rank: int, world: int) -> list[Indices]:
+    """One rank's part of a pass over every record once.
 
     Every rank gets the same number of micro-batches, because under ZeRO-3 each is a collective operation: some may be
     empty, and are then to be run with any records and not counted.
     """
-    order = np.argsort(lengths, kind="stable")
-    rounds = -(-lengths.size // (micro_batch * world))
+    order = tiled(np.arange(lengths_N2.shape[0]), lengths_N2, micro_batch)
+    rounds = -(-order.size // (micro_batch * world))
     return [
         order[start : start + micro_batch]
         for start in range(rank * micro_batch, rounds * world * micro_batch, world * micro_batch)

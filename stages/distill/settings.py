@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +32,10 @@ class DistillSettings:
     global_batch: int = 48
     """Records a step over all ranks. 48 = 3 ranks x micro-batch 4 x accumulation 4; it never changes with the rank
     count, accumulation does."""
-    micro_batch: int = 4
+    micro_batch: int | Auto = AUTO
     """Records a rank holds at once, at most."""
+    bucket_batches: int = 16
+    """Global batches whose records are sorted by length together, so that little is padded; 1 sorts none together."""
     learning_rate: float = 2e-3
     layer_decay: float = 0.9
     """Layer l of L learns with learning_rate * layer_decay ** (L - 1 - l)."""
@@ -41,9 +47,10 @@ class DistillSettings:
     """Share of all steps spent warming up; a cosine follows, down to `final_rate` of the peak."""
     final_rate: float = 0.05
     clip: float = 1.0
-    zero_stage: int = 3
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
+    zero_stage: int | Auto = AUTO
+    """0 to 3, see docs/zero.md; "auto" takes the lowest that fits, and says so."""
+    offload_optimizer: bool | Auto = AUTO
+    offload_parameters: bool | Auto = AUTO
     precision: str = "auto"
     """"bf16", "fp16", "fp32", or "auto": bf16 where the device multiplies it natively, else fp32."""
     pca_init: bool = True
@@ -55,14 +62,14 @@ class DistillSettings:
     validate_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints", "validate_every"):
-            if getattr(self, name) < 1:
+        for name in _COUNTS:
+            if getattr(self, name) != AUTO and getattr(self, name) < 1:
                 raise ValueError(f"distill.{name} must be at least 1")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError("distill.zero_stage must be 0, 1, 2 or 3")
-        if self.offload_parameters and self.zero_stage != 3:
+        if self.zero_stage not in (AUTO, 0, 1, 2, 3):
+            raise ValueError("distill.zero_stage must be auto, 0, 1, 2 or 3")
+        if self.offload_parameters is True and self.zero_stage not in (AUTO, 3):
             raise ValueError("distill.offload_parameters needs zero_stage 3")
-        if self.offload_optimizer and self.zero_stage == 0:
+        if self.offload_optimizer is True and self.zero_stage == 0:
             raise ValueError("distill.offload_optimizer needs zero_stage 1, 2 or 3")
         if self.precision not in ("auto", "bf16", "fp16", "fp32"):
             raise ValueError("distill.precision must be auto, bf16, fp16 or fp32")
@@ -70,3 +77,28 @@ class DistillSettings:
             raise ValueError("distill.learning_rate and distill.clip must be above 0")
         if not 0 <= self.warmup < 1 or not 0 < self.layer_decay <= 1 or not 0 <= self.final_rate <= 1:
             raise ValueError("distill.warmup, layer_decay and final_rate must lie in [0, 1]")
+
+
+_COUNTS = (
+    "epochs",
+    "global_batch",
+    "micro_batch",
+    "bucket_batches",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "validate_every",
+)
+FREE_SETTINGS = frozenset(
+    {
+        "micro_batch",
+        "zero_stage",
+        "offload_optimizer",
+        "offload_parameters",
+        "precision",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "validate_every",
+    }
+)
+"""How a step is computed, saved or watched, not what it computes: these may differ between two starts of a run. A run
+is bound to what its precision came to."""

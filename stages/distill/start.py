@@ -11,8 +11,12 @@ from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR
 from shards.reader import ShardSet, Split
 from stages.distill.checkpoint import CheckpointFolder, Milestone
 from stages.distill.engine import Engine
+from stages.distill.losses.fused import BLOCK_ROWS
+from stages.distill.memory import free_device_bytes, free_host_bytes
 from stages.distill.objective import DistillModule
-from stages.distill.order import Share, TrainingOrder, record_lengths, share_of_rank
+from stages.distill.order import TrainingOrder, record_lengths
+from stages.distill.placement import Placement, Room, Workload, choose, workload
+from stages.distill.precision import DTYPES
 from stages.distill.settings import DistillSettings, ObjectiveSettings
 from stages.distill.world import World
 from stages.errors import StageError
@@ -32,7 +36,7 @@ class Training:
     dev: Split | None
     start_token_id: int
     order: TrainingOrder
-    share: Share
+    placement: Placement
     engine: Engine
     done: Milestone
     """Where the run stood when it was last saved."""
@@ -53,16 +57,20 @@ def begin(
     train = shards.split("train")
     try:
         order = TrainingOrder(
-            lengths=record_lengths(train),
+            lengths_N2=record_lengths(train),
             seed=settings.seed,
             global_batch=settings.global_batch,
             epochs=settings.epochs,
+            bucket_batches=settings.bucket_batches,
         )
-        share = share_of_rank(settings.global_batch, settings.micro_batch, world.size)
         student = fresh_student(shards, settings, shape)
         module = DistillModule(student, objective)
+        need_attention = objective.attention_weight > 0 and shards.contract.attention is not None
+        work = _workload(student, order, precision, world, need_attention=need_attention)
+        placement, reason = choose(settings, precision, work, _room(world))
     except ValueError as error:
         raise StageError(str(error), hint="change the recipe, or the number of ranks") from error
+    emit(Note(stage=STAGE, text=f"{placement.describe()}: {reason}"))
     resumed = checkpoints.newest(emit)
     done = resumed[0] if resumed else Milestone(step=0, positions=0, seconds=0.0, validation_kl=None)
     if not world.same_everywhere(done.step):
@@ -76,7 +84,7 @@ def begin(
             parameter.data.copy_(resumed[1].weights[name])
     elif settings.pca_init:
         _start_from_pca(student, shards, emit)
-    engine = Engine(module, settings, precision=precision, share=share, world=world)
+    engine = Engine(module, settings, precision=precision, placement=placement, world=world)
     if resumed:
         engine.load(resumed[1])
     return Training(
@@ -85,10 +93,36 @@ def begin(
         dev=shards.split("dev") if "dev" in shards.splits else None,
         start_token_id=shards.contract.start_token_id,
         order=order,
-        share=share,
+        placement=placement,
         engine=engine,
         done=done,
     )
+
+
+def _workload(
+    student: MiniCodformerForConditionalGeneration,
+    order: TrainingOrder,
+    precision: str,
+    world: World,
+    *,
+    need_attention: bool,
+) -> Workload:
+    prompt, response = (int(longest) for longest in order.lengths_N2.max(0))
+    return workload(
+        student,
+        prompt=prompt,
+        response=response,
+        mean_tokens=float(order.lengths_N2.sum(1).mean()),
+        need_attention=need_attention,
+        dtype=DTYPES[precision],
+        block_rows=BLOCK_ROWS[world.device.type],
+    )
+
+
+def _room(world: World) -> Room:
+    device, host = free_device_bytes(world.device), free_host_bytes() // world.local_size
+    device, host = world.least(device if world.device.type == "cuda" else host, host)
+    return Room(device=world.device.type, ranks=world.size, device_bytes=device, host_bytes=host)
 
 
 def fresh_student(

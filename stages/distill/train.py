@@ -172,7 +172,7 @@ class _Loop:
 
     def _plan(self, step: int) -> StepPlan:
         training = self._training
-        micro_batches = training.order.micro_batches(step, training.share)
+        micro_batches = training.order.micro_batches(step, training.placement.share)
         return StepPlan(
             step=step,
             micro_batches=micro_batches,
@@ -182,7 +182,7 @@ class _Loop:
 
     def _micro_batches(self) -> Iterator[Indices]:
         """What this rank computes, from the first step to the last."""
-        order, share, rank = self._training.order, self._training.share, self._training.world.rank
+        order, share, rank = self._training.order, self._training.placement.share, self._training.world.rank
         for step in range(self._done.step, self._total):
             yield from order.micro_batches(step, share)[:, rank]
 
@@ -219,7 +219,7 @@ class _Loop:
                 training.engine.forward,
                 training.dev,
                 start_token_id=training.start_token_id,
-                micro_batch=training.share.micro_batch,
+                micro_batch=training.placement.share.micro_batch,
                 rank=world.rank,
                 world=world.size,
                 total=world.total,

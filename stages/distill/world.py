@@ -20,6 +20,8 @@ from torch import Tensor
 class World:
     rank: int
     size: int
+    local_size: int
+    """Ranks on this machine."""
     device: torch.device
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -33,6 +35,13 @@ class World:
         ends = torch.tensor([number, -number], device=self.device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         return int(ends[0]) == number == -int(ends[1])
+
+    def least(self, *numbers: int) -> list[int]:
+        """The smallest of each number that a rank came with; a collective operation."""
+        smallest = torch.tensor(numbers, device=self.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        found: list[int] = smallest.tolist()
+        return found
 
     def barrier(self) -> None:
         self.total(torch.zeros(1))
@@ -49,7 +58,9 @@ def joined_world() -> Iterator[World]:
     if joined_here:
         _join("nccl" if device.type == "cuda" else "gloo")
     try:
-        world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+        size = dist.get_world_size()
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        world = World(rank=dist.get_rank(), size=size, local_size=local_size, device=device)
         world.barrier()  # a rank that finds nothing to do, or an error, must not be gone while another still joins
         yield world
     finally:

@@ -7,14 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.distill.order import TrainingOrder, sharded_pass, share_of_rank
+from stages.distill.order import TrainingOrder, padding_share, sharded_pass, share_of_rank
 
 DIVISORS_OF_48 = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
 
 
-def make_order(records: int = 200, seed: int = 0, global_batch: int = 48) -> TrainingOrder:
-    lengths = np.random.default_rng(1).integers(2, 500, records)
-    return TrainingOrder(lengths=lengths, seed=seed, global_batch=global_batch, epochs=3)
+def make_order(records: int = 200, seed: int = 0, global_batch: int = 48, bucket_batches: int = 4) -> TrainingOrder:
+    lengths = np.random.default_rng(1).integers(2, 500, (records, 2))
+    return TrainingOrder(
+        lengths_N2=lengths, seed=seed, global_batch=global_batch, epochs=3, bucket_batches=bucket_batches
+    )
 
 
 @given(seed=st.integers(0, 2**32), step=st.integers(0, 11), micro_batch=st.integers(1, 20))
@@ -55,13 +57,51 @@ def test_every_epoch_is_another_permutation_without_repeats() -> None:
     assert make_order(seed=1).global_batch_of(0).tolist() != order.global_batch_of(0).tolist()
 
 
-def test_micro_batches_hold_records_of_like_length() -> None:
-    order = make_order()
-    share = share_of_rank(48, 4, 2)
-    lengths = order.lengths[order.micro_batches(0, share)]
-    padded = (lengths.max(2) * 4).sum()
-    assert padded < 1.15 * lengths.sum()
-    assert (np.diff(lengths.max((1, 2))) >= 0).all()  # ranks meet the long ones together
+def test_T2_a_step_is_the_same_whatever_was_asked_for_before() -> None:
+    walked, asked = make_order(records=2000), make_order(records=2000)
+    steps = [walked.global_batch_of(step).tolist() for step in range(walked.steps)]
+    for step in np.random.default_rng(0).permutation(walked.steps):
+        assert asked.global_batch_of(int(step)).tolist() == steps[step]
+
+
+def log_normal_lengths(records: int) -> np.ndarray:
+    """Prompts and responses that know nothing of each other, the hardest case for padding."""
+    rng = np.random.default_rng(3)
+    return np.stack([rng.lognormal(5, 0.5, records), rng.lognormal(5.5, 0.5, records)], 1).astype(np.int64) + 8
+
+
+def test_batches_by_length_pad_less_than_a_tenth() -> None:
+    lengths = log_normal_lengths(8000)
+    share = share_of_rank(48, 4, 3)
+
+    def padding(bucket_batches: int) -> float:
+        order = TrainingOrder(lengths_N2=lengths, seed=0, global_batch=48, epochs=1, bucket_batches=bucket_batches)
+        steps = [order.micro_batches(step, share) for step in range(order.steps)]
+        return padding_share(lengths, np.concatenate(steps))
+
+    assert padding(16) < 0.1 < padding(1)
+
+
+def test_padding_is_what_assembled_batches_hold_beyond_their_tokens() -> None:
+    lengths = np.array([[3, 5], [1, 9], [4, 4], [2, 2]])
+    plan = np.array([[[0, 1]], [[2, 3]]])  # [accumulation, world, micro-batch]
+    padded = 2 * (3 + 9) + 2 * (4 + 4)
+    assert padding_share(lengths, plan) == pytest.approx(1 - 30 / padded)
+
+
+def test_long_and_short_batches_take_turns() -> None:
+    order = TrainingOrder(lengths_N2=log_normal_lengths(8000), seed=0, global_batch=48, epochs=1, bucket_batches=16)
+    means = [order.lengths_N2[order.global_batch_of(step)].sum(1).mean() for step in range(order.steps)]
+    assert abs(np.corrcoef(np.arange(order.steps), means)[0, 1]) < 0.2
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2
+
+
+def test_ranks_meet_long_records_together() -> None:
+    order = TrainingOrder(lengths_N2=log_normal_lengths(8000), seed=0, global_batch=48, epochs=1, bucket_batches=1)
+    longest = np.stack(
+        [order.lengths_N2[order.micro_batches(step, share_of_rank(48, 4, 3))].sum(-1).max(-1) for step in range(100)]
+    )  # [steps, accumulation, world]
+    assert longest.std(axis=2).mean() < 0.6 * longest.std(axis=1).mean(), "more alike across ranks than across turns"
 
 
 def test_too_few_records_are_refused() -> None:
@@ -73,7 +113,7 @@ def test_too_few_records_are_refused() -> None:
 def test_a_sharded_pass_visits_every_record_once_with_equally_many_turns_a_rank(
     records: int, micro_batch: int, world: int
 ) -> None:
-    lengths = np.random.default_rng(2).integers(2, 50, records)
+    lengths = np.random.default_rng(2).integers(2, 50, (records, 2))
     parts = [sharded_pass(lengths, micro_batch, rank, world) for rank in range(world)]
     assert len({len(part) for part in parts}) == 1
     seen = np.concatenate([turn for part in parts for turn in part])

@@ -99,7 +99,7 @@ def test_the_first_step_is_the_mean_over_the_global_batch(
     shape: StudentShape,
 ) -> None:
     order = TrainingOrder(
-        lengths=record_lengths(ShardSet(shards).split("train")), seed=0, global_batch=12, epochs=settings.epochs
+        lengths_N2=record_lengths(ShardSet(shards).split("train")), seed=0, global_batch=12, epochs=settings.epochs
     )
     loss, norm = dense_step(shards, settings, shape, order.global_batch_of(0).tolist())
     assert undisturbed.losses[1] == pytest.approx(loss, rel=1e-5)

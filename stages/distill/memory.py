@@ -1,0 +1,36 @@
+"""The memory of this process and its device: what is free, and what is in use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_host_bytes() -> int:
+    """What the machine can still give, or the container that this process is in, whichever is less."""
+    available: int = psutil.virtual_memory().available
+    try:
+        limit, used = ((_CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return available if limit == "max" else min(available, int(limit) - int(used))
+    except (OSError, ValueError):
+        return available
+
+
+def free_device_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+
+
+def resident_bytes() -> int:
+    """RSS of this process."""
+    resident: int = psutil.Process(os.getpid()).memory_info().rss
+    return resident
+
+
+def device_peak_bytes(device: torch.device) -> int:
+    """The most that tensors have taken on a GPU; 0 without one."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
