@@ -1,7 +1,7 @@
 """How a run is laid out over its ranks: micro-batch, ZeRO stage, offload; the choice behind "auto".
 
 The choice is a pure function of rank count, memory, model and records, and a step's result does not depend on it but
-for rounding: a run may go on under another one. docs/zero.md explains the terms to a user.
+for rounding: a run may go on under another one. docs/placement.md explains the terms to a user.
 """
 
 from __future__ import annotations

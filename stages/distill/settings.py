@@ -48,7 +48,7 @@ class DistillSettings:
     final_rate: float = 0.05
     clip: float = 1.0
     zero_stage: int | Auto = AUTO
-    """0 to 3, see docs/zero.md; "auto" takes the lowest that fits, and says so."""
+    """0 to 3, see docs/placement.md; "auto" takes the lowest that fits, and says so."""
     offload_optimizer: bool | Auto = AUTO
     offload_parameters: bool | Auto = AUTO
     precision: str = "auto"

@@ -156,6 +156,7 @@ def settings() -> DistillSettings:
         global_batch=12,
         micro_batch=6,
         learning_rate=3e-3,
+        zero_stage=3,
         precision="fp32",
         checkpoint_every=3,
         validate_every=5,
