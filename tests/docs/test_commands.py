@@ -1,4 +1,4 @@
-"""Every block of code in the READMEs works: commands are parsed by the real command line and the real Makefile, Python
+"""Every block of code in the READMEs and in docs works: commands are parsed by the real command line and the real Makefile, Python
 runs against a finished run, data parses, and the demo's summary has the lines that `pipeline.summary` prints."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.run import RunFolder
 from pipeline.summary import demo_lines
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-READMES = ("README.md", "README.zh.md")
+PAGES = ("README.md", "README.zh.md", "docs/placement.md")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OWN = ("cli.py", "minicodformer")
 OTHERS = {"source", "screen", "apt-get", "curl", "cat", "echo"}
@@ -42,7 +42,7 @@ class Block:
 
 def blocks(*languages: str) -> list[Block]:
     found: list[Block] = []
-    for document in READMES:
+    for document in PAGES:
         text = (ROOT / document).read_text("utf-8")
         found += [Block(document, text.count("\n", 0, m.start()) + 1, m[1], m[2]) for m in BLOCK.finditer(text)]
     return [block for block in found if not languages or block.language in languages]
@@ -114,7 +114,7 @@ def test_every_command_is_one_that_exists(block: Block) -> None:
 
 
 def test_every_command_in_running_text_is_one_that_exists() -> None:
-    for document in READMES:
+    for document in PAGES:
         text = BLOCK.sub("", (ROOT / document).read_text("utf-8"))
         for quoted in re.findall(r"`((?:make|python cli\.py|minicodformer) [^`]+)`", text):
             check_all(quoted)
