@@ -1,5 +1,5 @@
-"""Every block of code in the READMEs and in docs works: commands are parsed by the real command line and the real Makefile, Python
-runs against a finished run, data parses, and the demo's summary has the lines that `pipeline.summary` prints."""
+"""Every block of code in a page of documentation works: commands are parsed by the real command line and Makefile,
+Python runs against a finished run, data parses, and the demo's summary has the lines that `pipeline.summary` prints."""
 
 from __future__ import annotations
 
