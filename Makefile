@@ -1,16 +1,17 @@
-# The verbs of cli.py for people. Variables: RECIPE, NAME, DATA, GPUS, SHARDS, SET, OUT, TARGET.
+# The verbs of cli.py for people. Variables: RECIPE, NAME, DATA, GPUS, TP, SHARDS, SET, OUT, TARGET.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 CLI := $(PYTHON) cli.py
 
 RECIPE_FLAGS = $(if $(RECIPE),--recipe $(RECIPE)) $(if $(NAME),--name $(NAME)) $(if $(DATA),--data $(DATA)) $(foreach pair,$(SET),--set $(pair))
+REPLICA_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--tp $(TP))
 RANK_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(SHARDS),--shards $(SHARDS))
 
 .PHONY: help
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: RECIPE=smollm2-demo|qwen3-8b|file.toml  NAME=run  DATA=rows.jsonl  GPUS=n  SHARDS=folder  SET='a.b=c d.e=f'  OUT=folder"
+	@echo "Variables: RECIPE=smollm2-demo|qwen3-8b|file.toml  NAME=run  DATA=rows.jsonl  GPUS=n  TP=n  SHARDS=folder  SET='a.b=c d.e=f'  OUT=folder"
 
 .PHONY: setup
 setup: ## everything this machine needs, into .venv (once; CPU or CUDA by what the machine has)
@@ -40,8 +41,8 @@ prepare: setup ## JSONL (DATA=path) to tokenised samples in data/processed
 	@$(CLI) prepare $(RECIPE_FLAGS)
 
 .PHONY: teacher-cache
-teacher-cache: prepare ## stage one: the teacher over the samples, into shards
-	@$(CLI) teacher-cache $(RECIPE_FLAGS)
+teacher-cache: prepare ## stage one: the teacher over the samples, into shards (GPUS=8 TP=2; RAY_ADDRESS=… for a cluster)
+	@$(CLI) teacher-cache $(RECIPE_FLAGS) $(REPLICA_FLAGS)
 
 .PHONY: distill
 distill: setup ## stage two: the student from the shards (GPUS=n; without a GPU, n CPU processes)

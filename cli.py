@@ -56,6 +56,15 @@ RunOption = Annotated[
 DataOption = Annotated[Path | None, typer.Option("--data", help="A JSONL file; the same as --set corpus.source=…")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value.")]
 GpusOption = Annotated[int | None, typer.Option("--gpus", help="Ranks: GPUs, or CPU processes where there is none.")]
+DevicesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus", help="Devices: GPUs, or CPU processes where there is none. [default: all GPUs, else one process]"
+    ),
+]
+TensorParallelOption = Annotated[
+    int | None, typer.Option("--tp", help="Devices to each copy of the teacher; the same as teacher.tensor_parallel.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ShardsOption = Annotated[Path | None, typer.Option("--shards", help="A shard set. [default: the run's own]")]
 
@@ -96,17 +105,24 @@ def prepare(
 
 @app.command("teacher-cache")
 def teacher_cache(
-    recipe: RecipeOption = None, name: NameOption = None, data: DataOption = None, overrides: SetOption = None
+    recipe: RecipeOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    gpus: DevicesOption = None,
+    tp: TensorParallelOption = None,
 ) -> None:
     """Stage one: the teacher, once, into shards.
 
-    Stopped and started again, it goes on with the shards that are not there yet.
+    Stopped and started again, it goes on with the shards that are not there yet. Several copies of the teacher work at
+    once where there are devices for them, on this machine or, with RAY_ADDRESS set, on a Ray cluster.
     """
     from pipeline import steps
     from pipeline.summary import cache_lines
 
-    chosen, run = _choose(recipe, name, data, overrides)
-    _print(cache_lines(steps.teacher_cache(chosen, run), run))
+    split = [] if tp is None else [f"teacher.tensor_parallel={tp}"]
+    chosen, run = _choose(recipe, name, data, [*(overrides or []), *split])
+    _print(cache_lines(steps.teacher_cache(chosen, run, gpus=gpus), run))
 
 
 @app.command()

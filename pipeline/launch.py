@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,30 @@ def check_ranks(count: int, here: Machine, global_batch: int) -> None:
     raise UsageError(
         f"GPUS={count} does not divide the global batch of {global_batch} records", hint=f"GPUS can be {counts}"
     )
+
+
+def count_replicas(gpus: int | None, tensor_parallel: int, here: Machine, sizes: Sequence[int]) -> int:
+    """How many copies of the teacher run on `gpus` devices, `tensor_parallel` to each; None means all there are.
+
+    Without a GPU a device is a process, and one copy is enough. `sizes` are the splits that the teacher allows. Raises
+    UsageError naming the counts that can work.
+    """
+    most = here.gpus or max(gpus or 1, tensor_parallel)
+    possible = [size for size in sizes if size <= most]
+    if tensor_parallel not in possible:
+        raise UsageError(
+            f"TP={tensor_parallel}: the teacher cannot be split over so many of {most} devices",
+            hint=f"TP can be {', '.join(map(str, possible))}",
+        )
+    if gpus is None:
+        return max(1, here.gpus // tensor_parallel)
+    if not 1 <= gpus <= most or gpus % tensor_parallel:
+        counts = ", ".join(map(str, range(tensor_parallel, most + 1, tensor_parallel)))
+        raise UsageError(
+            f"GPUS={gpus} with TP={tensor_parallel} cannot work on {here.describe()}",
+            hint=f"with TP={tensor_parallel}, GPUS can be {counts}",
+        )
+    return gpus // tensor_parallel
 
 
 def run_ranks(run: RunFolder, shards: Path, count: int, here: Machine) -> None:

@@ -20,11 +20,14 @@ from pipeline.errors import PipelineError
 from pipeline.recipe import Recipe, load
 from pipeline.turn import take_turn
 from stages.distill.settings import FREE_SETTINGS
+from stages.teacher_cache.settings import FREE_TEACHER_SETTINGS
 
 CACHE_SECTIONS = ("corpus", "teacher", "cache")
 STUDENT_SECTIONS = ("student", "distill", "objective")
-# What may differ between two starts of one training run without changing what it trains.
-_FREE_KEYS = frozenset(f"distill.{name}" for name in FREE_SETTINGS)
+# What may differ between two starts of one run without changing what it makes.
+_FREE_KEYS = frozenset(
+    [f"teacher.{name}" for name in FREE_TEACHER_SETTINGS] + [f"distill.{name}" for name in FREE_SETTINGS]
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from stages.inference.settings import GenerationSettings
 
 PROCESSED = Path("data/processed")
+_MOST_DEVICES = 64
+"""To one copy of the teacher."""
 
 
 def prepare(recipe: Recipe, run: RunFolder) -> PrepareReport:
@@ -42,24 +44,29 @@ def prepare(recipe: Recipe, run: RunFolder) -> PrepareReport:
         )
 
 
-def teacher_cache(recipe: Recipe, run: RunFolder) -> Mapping[str, Any]:
+def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Mapping[str, Any]:
     """Stage one: run the teacher over data/processed into the run's shards; what is there already is kept."""
+    from pipeline.replicas import replicas
     from stages.corpus.store import read_corpus
     from stages.teacher_cache.cache import fill_cache
+    from stages.teacher_cache.teacher import tensor_parallel_sizes
 
     with run.lock("teacher-cache"), listening(run.events) as emit:
         recipe = run.adopt(recipe)
         corpus = read_corpus(PROCESSED)
         teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)
         before, start = _published_positions(run.shards), time.monotonic()
-        manifest = fill_cache(
-            corpus=corpus,
-            teacher=recipe.teacher,
-            cache=recipe.cache,
-            teacher_folder=teacher,
-            folder=run.shards,
-            emit=emit,
-        )
+        sizes = tensor_parallel_sizes(teacher, _MOST_DEVICES)
+        with replicas(gpus, recipe.teacher.tensor_parallel, launch.machine(), sizes) as spread:
+            manifest = fill_cache(
+                corpus=corpus,
+                teacher=recipe.teacher,
+                cache=recipe.cache,
+                teacher_folder=teacher,
+                folder=run.shards,
+                emit=emit,
+                spread=spread,
+            )
         captured = manifest.totals()["positions"] - before
         if captured or "teacher_cache" not in run.summary():
             seconds = round(time.monotonic() - start, 1)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FREE_TEACHER_SETTINGS = ("tensor_parallel", "max_batched_tokens", "gpu_memory_utilization")
+"""What may differ between two starts of one run: how the teacher is placed, not what it says."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSettings:

@@ -63,6 +63,23 @@ def read_facts(folder: Path) -> TeacherFacts:
         ) from error
 
 
+def tensor_parallel_sizes(folder: Path, most: int) -> list[int]:
+    """Over how many devices, up to `most`, the teacher can be split: whole heads and equal widths on each.
+
+    Key heads may be fewer than devices: each is then held by several. Raises StageError where config.json is none.
+    """
+    read_facts(folder)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    heads = config.get("num_attention_heads", 1)
+    key_heads = config.get("num_key_value_heads") or heads
+    widths = [config[name] for name in ("intermediate_size", "moe_intermediate_size") if config.get(name)]
+    return [
+        size
+        for size in range(1, most + 1)
+        if all(number % size == 0 for number in (heads, *widths)) and (key_heads % size == 0 or size % key_heads == 0)
+    ]
+
+
 def weights_fingerprint(folder: Path) -> str:
     """sha256 over the names, sizes and contents of the weight files and config.json, which says how they are used.
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
-from pipeline.launch import Machine, check_ranks, default_ranks
+from pipeline.launch import Machine, check_ranks, count_replicas, default_ranks
 
 
 @given(count=st.integers(-2, 200), gpus=st.integers(0, 16), batch=st.integers(1, 96))
@@ -31,3 +31,29 @@ def test_the_default_uses_every_gpu_and_a_process_a_core_without() -> None:
     assert default_ranks(Machine(gpus=3, cores=64)) == 3
     assert default_ranks(Machine(gpus=0, cores=64)) == 2
     assert default_ranks(Machine(gpus=0, cores=1)) == 1
+
+
+@given(
+    gpus=st.none() | st.integers(-1, 20),
+    tensor_parallel=st.integers(1, 9),
+    there=st.integers(0, 16),
+    sizes=st.sets(st.integers(2, 16)),
+)
+def test_replicas_are_as_many_as_devices_allow_and_another_count_is_refused_with_those(
+    gpus: int | None, tensor_parallel: int, there: int, sizes: set[int]
+) -> None:
+    here, allowed = Machine(gpus=there, cores=2), sorted({1, *sizes})
+    fits = tensor_parallel in allowed and (there == 0 or tensor_parallel <= there)
+    whole = gpus is None or (gpus >= 1 and gpus % tensor_parallel == 0 and (there == 0 or gpus <= there))
+    if fits and whole:
+        count = count_replicas(gpus, tensor_parallel, here, allowed)
+        assert count == ((there or tensor_parallel) if gpus is None else gpus) // tensor_parallel
+        return
+    with pytest.raises(UsageError) as caught:
+        count_replicas(gpus, tensor_parallel, here, allowed)
+    named, offered = caught.value.hint.rsplit(" can be ", 1)
+    for other in map(int, offered.split(", ")):
+        if named == "TP":
+            assert count_replicas(None, other, here, allowed) >= 1
+        else:
+            assert count_replicas(other, tensor_parallel, here, allowed) >= 1

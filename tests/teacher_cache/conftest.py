@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stages.corpus.sample import Sample
 from stages.teacher_cache.engines.protocol import CaptureSpec
@@ -91,6 +93,19 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("tiny-qwen3")
     Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recorded_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with just what the loop reads of a teacher."""
+    folder = tmp_path_factory.mktemp("teacher")
+    facts = {"architectures": ["X"], "vocab_size": 300, "num_hidden_layers": 4, "hidden_size": 16}
+    (folder / "config.json").write_text(json.dumps(facts))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    head = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    save_file({"lm_head.weight": head}, folder / "model.safetensors")
     return folder
 
 

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,8 @@ from stages.corpus.sample import Sample
 from stages.corpus.store import Corpus
 from stages.events import Emit, silent
 from stages.teacher_cache.cache import fill_cache
-from stages.teacher_cache.engines.protocol import CaptureSpec
+from stages.teacher_cache.engines.protocol import CaptureSpec, EngineFactory
+from stages.teacher_cache.replica import Spread, in_process
 from stages.teacher_cache.settings import CacheSettings, TeacherSettings
 from stages.teacher_cache.signals import AttentionSignal, TeacherSignal
 
@@ -46,6 +48,9 @@ class RecordedEngine:
     identity = "recorded 1"
     dtype = "float32+float32"
 
+    def start(self) -> None:
+        pass
+
     def capture(self, samples: Sequence[Sample]) -> Iterator[TeacherSignal]:
         for sample in samples:
             self._before(sample)
@@ -54,6 +59,29 @@ class RecordedEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+class Killer:
+    """Kills the process that it is called in: the first `deaths` of them at a random moment, and any at a poison."""
+
+    def __init__(self, folder: Path, deaths: int = 0, poison: frozenset[int] = frozenset()) -> None:
+        self._folder, self._deaths, self._poison = folder, deaths, poison
+        self._armed = False
+
+    def __call__(self, sample: Sample) -> None:
+        if int(sample.sample_id, 16) in self._poison:
+            self._kill("poisoned")
+        if not self._armed:
+            self._armed = True
+            number = len(list(self._folder.glob("armed-*")))
+            if number < self._deaths:
+                (self._folder / f"armed-{os.getpid()}").touch()
+                threading.Timer(random.Random(number).uniform(0.02, 0.3), self._kill, ("shot",)).start()
+        time.sleep(0.02)
+
+    def _kill(self, how: str) -> None:
+        (self._folder / f"{how}-{os.getpid()}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def recorded_signal(sample: Sample, spec: CaptureSpec) -> TeacherSignal:
@@ -119,6 +147,9 @@ def fill(
     cache: CacheSettings = CACHE,
     emit: Emit = silent,
     engines: list[RecordedEngine] | None = None,
+    corpus: Corpus | None = None,
+    engine: EngineFactory | None = None,
+    spread: Spread = in_process,
 ) -> Manifest:
     """Run stage one with a recorded teacher; the engine that it made is appended to `engines`."""
 
@@ -129,13 +160,14 @@ def fill(
         return engine
 
     return fill_cache(
-        corpus=make_corpus(teacher),
+        corpus=corpus or make_corpus(teacher),
         teacher=TeacherSettings(model="recorded"),
         cache=cache,
         teacher_folder=teacher,
         folder=folder,
         emit=emit,
-        engine=make,
+        engine=engine or make,
+        spread=spread,
     )
 
 

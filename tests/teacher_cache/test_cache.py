@@ -22,29 +22,24 @@ from shards.reader import ShardSet
 from stages.errors import StageError
 from stages.events import Event, Progress
 from stages.teacher_cache import cache as cache_module
+from stages.teacher_cache import job as job_module
 from stages.teacher_cache.plan import plan_units
 from stages.teacher_cache.settings import CacheSettings
 
 UNITS = ["dev-00000.arrow", "train-00000.arrow", "train-00001.arrow"]
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with just what the loop reads of a teacher."""
-    folder = tmp_path_factory.mktemp("teacher")
-    facts = {"architectures": ["X"], "vocab_size": 300, "num_hidden_layers": 4, "hidden_size": 16}
-    (folder / "config.json").write_text(json.dumps(facts))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    head = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
-    save_file({"lm_head.weight": head}, folder / "model.safetensors")
-    return folder
+@pytest.fixture
+def teacher(recorded_teacher: Path) -> Path:
+    return recorded_teacher
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, recorded: ModuleType, teacher: Path) -> dict[str, bytes]:
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, recorded: ModuleType, recorded_teacher: Path
+) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    recorded.fill(folder, teacher)
+    recorded.fill(folder, recorded_teacher)
     return contents(folder)
 
 
@@ -160,14 +155,14 @@ def test_W4_a_failing_engine_reaches_the_caller_and_seals_nothing(
 def test_W4_a_failing_writer_reaches_the_caller_and_seals_nothing(
     tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch, unit: str
 ) -> None:
-    write = cache_module.write_shard
+    write = job_module.write_shard
 
     def full(folder: Path, name: str, *rest: object) -> object:
         if name == unit:
             raise StorageFailed("no space left on device", hint="make room")
         return write(folder, name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cache_module, "write_shard", full)
+    monkeypatch.setattr(job_module, "write_shard", full)
     with pytest.raises(StorageFailed, match="no space"):
         recorded.fill(tmp_path, teacher)
     assert not is_sealed(tmp_path)
@@ -194,13 +189,13 @@ def test_W4_a_signal_that_is_no_distribution_is_refused(
 def test_a_slow_writer_holds_the_engine_back_to_two_units(
     tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, may_write = cache_module.write_shard, threading.Event()
+    write, may_write = job_module.write_shard, threading.Event()
 
     def slow(*arguments: object) -> object:
         may_write.wait()
         return write(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cache_module, "write_shard", slow)
+    monkeypatch.setattr(job_module, "write_shard", slow)
     engines: list = []
     caller = threading.Thread(target=recorded.fill, args=(tmp_path, teacher), kwargs={"engines": engines})
     caller.start()

@@ -16,6 +16,7 @@ from stages.teacher_cache.teacher import (
     head_components,
     publish_teacher,
     read_facts,
+    tensor_parallel_sizes,
     weights_fingerprint,
 )
 
@@ -103,3 +104,17 @@ def test_components_of_another_width_are_refused(folder: Path, tmp_path: Path) -
     publish_teacher(folder, tmp_path / "shards", pca_width=4, thinking=True)
     with pytest.raises(StageError, match="pca_width"):
         publish_teacher(folder, tmp_path / "shards", pca_width=5, thinking=True)
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "width", "expected"),
+    [(32, 8, 12_288, [1, 2, 4, 8, 16]), (9, 3, 1_536, [1, 3]), (8, 4, 24, [1, 2, 4, 8]), (6, 6, 100, [1, 2])],
+)
+def test_a_teacher_is_split_into_whole_heads_and_equal_widths(
+    tmp_path: Path, heads: int, key_heads: int, width: int, expected: list[int]
+) -> None:
+    """Qwen3-8B, SmolLM2 and two others."""
+    facts = {"architectures": ["X"], "vocab_size": 300, "num_hidden_layers": 4, "hidden_size": 16}
+    split = {"num_attention_heads": heads, "num_key_value_heads": key_heads, "intermediate_size": width}
+    (tmp_path / "config.json").write_text(json.dumps(facts | split))
+    assert tensor_parallel_sizes(tmp_path, 16) == expected

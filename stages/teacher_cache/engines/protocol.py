@@ -25,7 +25,7 @@ class CaptureSpec:
 
 
 class TeacherEngine(Protocol):
-    """Runs the teacher over prompts and responses. Making one is cheap: it starts with the first `capture`."""
+    """Runs the teacher over prompts and responses. Making one is cheap: the teacher is loaded by `start`."""
 
     @property
     def identity(self) -> str:
@@ -34,6 +34,9 @@ class TeacherEngine(Protocol):
     @property
     def dtype(self) -> str:
         """Precision of body and head, e.g. "bfloat16+float32"."""
+
+    def start(self) -> None:
+        """Load the teacher, if it is not loaded. Raises StageError where it cannot be captured."""
 
     def capture(self, samples: Sequence[Sample]) -> Iterator[TeacherSignal]:
         """One signal a sample, in the order of `samples`, each given out as soon as it and those before it are done.

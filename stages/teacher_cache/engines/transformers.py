@@ -33,9 +33,12 @@ class TransformersEngine:
     def dtype(self) -> str:
         return "float32+float32"
 
-    def capture(self, samples: Sequence[Sample]) -> Iterator[TeacherSignal]:
+    def start(self) -> None:
         if self._model is None:
             self._model = self._load()
+
+    def capture(self, samples: Sequence[Sample]) -> Iterator[TeacherSignal]:
+        self.start()
         for sample in samples:
             yield self._signal(sample)
 

@@ -41,13 +41,16 @@ class VllmEngine:
     def dtype(self) -> str:
         return f"{self._body_dtype}+{self._teacher.head_dtype}"
 
+    def start(self) -> None:
+        if self._llm is None:
+            with _without_start_noise():
+                self._llm = self._load()
+
     def capture(self, samples: Sequence[Sample]) -> Iterator[TeacherSignal]:
         """See TeacherEngine. All samples are handed over at once, so that vLLM fills every step's token budget."""
         for sample in samples:
             self._require_fits(sample)
-        if self._llm is None:
-            with _without_start_noise():
-                self._llm = self._start()
+        self.start()
         layout = RowLayout(self._spec)
         names = [self._submit(sample) for sample in samples]
         done: dict[str, TeacherSignal] = {}
@@ -84,7 +87,7 @@ class VllmEngine:
         self._llm.add_request(name, {"prompt_token_ids": tokens}, params)
         return name
 
-    def _start(self) -> Any:
+    def _load(self) -> Any:
         architecture = capturing(read_facts(self._folder).architecture)
         _set_environment(self._teacher.tensor_parallel)
         from vllm import EngineArgs, LLMEngine
@@ -100,6 +103,8 @@ class VllmEngine:
             max_model_len=self._teacher.max_model_len,
             max_num_batched_tokens=self._teacher.max_batched_tokens,
             tensor_parallel_size=self._teacher.tensor_parallel,
+            # Within a Ray actor vLLM might take Ray for its own ranks too; they are all on one host.
+            distributed_executor_backend="mp" if self._teacher.tensor_parallel > 1 else None,
             gpu_memory_utilization=self._teacher.gpu_memory_utilization,
             enable_chunked_prefill=True,
             # A row read from the prefix cache would never pass through the hooks; a compiled graph would skip them.

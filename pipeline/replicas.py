@@ -1,0 +1,208 @@
+"""Stage one on many devices: replicas of the teacher as Ray actors. The one place that knows Ray.
+
+- `RAY_ADDRESS` names a cluster; without it Ray runs on this machine alone, for the time of the stage.
+- A replica takes as many GPUs as a tensor-parallel group has; without GPUs it takes its share of the cores.
+- Ray restarts nothing by itself: which part of the plan a dead replica held is the stage's to know.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from pipeline.errors import PipelineError
+from pipeline.launch import Machine, count_replicas
+from shards.errors import ShardError
+from shards.record import Record
+from stages.corpus.sample import Sample
+from stages.errors import StageError
+from stages.events import Note
+from stages.teacher_cache.replica import EngineFacts, EngineOrder, InProcess, ReplicaDied, Spread, in_process
+
+ADDRESS = "RAY_ADDRESS"
+_STARTS = 3
+"""Times in a row that a replica may die before it has loaded the teacher."""
+_POLL_S = 1.0
+_PATIENCE_S = 600.0
+"""How long the first replica may wait for its devices."""
+_OBJECT_STORE_BYTES = 1 << 30
+"""Records on their way; each is taken out at once."""
+_DETAIL = re.compile(r"Worker exit type: (\w+) Worker exit detail: ([^.]+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """What an actor is given."""
+
+    gpus: int
+    cores: int
+    pinned: tuple[int, ...]
+    """The cores that it keeps to; empty where Ray's host is not this one."""
+
+
+class _Host:
+    """The actor: an in-process replica in a process of its own."""
+
+    def __init__(self, order: EngineOrder, place: _Place) -> None:
+        if place.pinned:
+            os.sched_setaffinity(0, place.pinned)
+        self._replica = InProcess(order)
+
+    def facts(self) -> EngineFacts:
+        return self._replica.facts()
+
+    def start(self) -> str:
+        self._replica.start(lambda: True)
+        return f"process {os.getpid()} on {socket.gethostname()}"
+
+    def run(self, samples: Sequence[Sample]) -> Iterator[Record | Note]:
+        yield from self._replica.run(samples)
+
+
+class RayReplica:
+    """A Replica whose process may die: it is made anew when it is started again."""
+
+    def __init__(self, number: int, order: EngineOrder, place: _Place) -> None:
+        self.name = f"replica {number}"
+        self._title, self._order, self._place = self.name, order, place
+        self._actor: Any = None
+
+    def facts(self) -> EngineFacts:
+        try:
+            facts: EngineFacts = ray.get(self._living().facts.remote(), timeout=_PATIENCE_S)
+        except GetTimeoutError as error:
+            raise StageError(
+                f"{self.name} has waited {_PATIENCE_S / 60:.0f} minutes for its devices",
+                hint="`ray status` says what the cluster has and who holds it",
+            ) from error
+        except RayError as error:
+            raise self._explained(error) from error
+        return facts
+
+    def start(self, wanted: Callable[[], bool]) -> bool:
+        for _ in range(_STARTS):
+            try:
+                loading = self._living().start.remote()
+                while wanted():
+                    if ray.wait([loading], timeout=_POLL_S)[0]:
+                        self.name = f"{self._title} ({ray.get(loading)})"
+                        return True
+                return False
+            except RayError as error:
+                failure = self._explained(error)
+                if not isinstance(failure, ReplicaDied):
+                    raise failure from error
+        raise StageError(
+            f"{self._title} died {_STARTS} times before it had loaded the teacher: {failure}",
+            hint="see that the teacher fits the memory of a replica's devices, and that every host can read its folder",
+        )
+
+    def run(self, samples: Sequence[Sample]) -> Iterator[Record | Note]:
+        try:
+            for said in self._living().run.remote(samples):
+                yield ray.get(said)
+        except RayError as error:
+            raise self._explained(error) from error
+
+    def close(self) -> None:
+        if self._actor is not None:
+            ray.kill(self._actor)
+            self._actor = None
+
+    def _living(self) -> Any:
+        if self._actor is None:
+            options = ray.remote(_Host).options(
+                num_gpus=self._place.gpus,
+                num_cpus=self._place.cores,
+                max_restarts=0,
+                scheduling_strategy="SPREAD",
+            )
+            self._actor = options.remote(self._order, self._place)
+        return self._actor
+
+    def _explained(self, error: RayError) -> Exception:
+        """The stage's own error, or ReplicaDied: whatever else an engine raises, its process is not to be trusted."""
+        self.close()
+        if isinstance(error, RayTaskError):
+            if isinstance(error.cause, StageError | ShardError):
+                return error.cause
+            return ReplicaDied(f"{type(error.cause).__name__}: {error.cause}")
+        return ReplicaDied(_reason(error))
+
+
+def _reason(error: RayError) -> str:
+    """Ray's account of a death, in a few words."""
+    found = _DETAIL.search(str(error))
+    if found is None:
+        return str(error).strip().splitlines()[0]
+    kind, detail = found.groups()
+    return "its process was killed or crashed" if kind == "SYSTEM_ERROR" else f"{detail} ({kind})"
+
+
+@contextmanager
+def replicas(gpus: int | None, tensor_parallel: int, here: Machine, sizes: Sequence[int]) -> Iterator[Spread]:
+    """The replicas that `gpus` devices make, for the time of a stage: one alone runs in this process.
+
+    Raises UsageError where that count cannot work: see `count_replicas`.
+    """
+    cluster = os.environ.get(ADDRESS)
+    if cluster is None:
+        count = count_replicas(gpus, tensor_parallel, here, sizes)
+        if count == 1:
+            yield in_process
+            return
+        with _ray(num_cpus=max(count, here.cores), num_gpus=here.gpus, object_store_memory=_OBJECT_STORE_BYTES):
+            yield _spread(count, tensor_parallel, here)
+        return
+    with _ray():
+        held = ray.cluster_resources()
+        there = Machine(gpus=int(held.get("GPU", 0)), cores=int(held.get("CPU", 1)))
+        count = count_replicas(gpus, tensor_parallel, there, sizes)
+        yield _spread(count, tensor_parallel, there)
+
+
+def _spread(count: int, tensor_parallel: int, there: Machine) -> Spread:
+    return lambda order: [
+        RayReplica(number, order, _place(number, count, tensor_parallel, there)) for number in range(count)
+    ]
+
+
+@contextmanager
+def _ray(**local: Any) -> Iterator[None]:
+    try:
+        ray.init(
+            address=os.environ.get(ADDRESS, "local"),
+            include_dashboard=False if local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **local,
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise PipelineError(
+            f"Ray did not start: {error}",
+            hint=f"{ADDRESS} names a cluster that cannot be reached" if not local else "GPUS=1 does without Ray",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _place(number: int, count: int, tensor_parallel: int, here: Machine) -> _Place:
+    if here.gpus:
+        return _Place(gpus=tensor_parallel, cores=1, pinned=())
+    share = max(1, here.cores // count)
+    if os.environ.get(ADDRESS):
+        return _Place(gpus=0, cores=share, pinned=())
+    cores = sorted(os.sched_getaffinity(0))
+    first = number * share % len(cores)
+    return _Place(gpus=0, cores=share, pinned=tuple(cores[first : first + share]))

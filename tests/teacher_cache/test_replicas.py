@@ -1,0 +1,155 @@
+"""Several replicas, real processes under Ray: what they leave behind when they are killed, and when they fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from pipeline.launch import Machine
+from pipeline.replicas import replicas
+from shards.manifest import is_sealed
+from shards.reader import ShardSet
+from stages.errors import StageError
+from stages.events import Event, Note, Progress
+from stages.teacher_cache.replica import Spread
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Spread]:
+    """Ray with two replicas a run; without a GPU it starts once for all tests here."""
+    with replicas(2, 1, Machine(gpus=0, cores=2), [1]) as spread:
+        yield spread
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def warnings(events: list[Event]) -> list[str]:
+    return [event.text for event in events if isinstance(event, Note) and event.level == "warning"]
+
+
+def test_W3_replicas_killed_at_random_leave_the_bytes_of_an_undisturbed_run(
+    tmp_path: Path, recorded: ModuleType, recorded_teacher: Path, two: Spread
+) -> None:
+    corpus = recorded.make_corpus(recorded_teacher, train=50, dev=6)
+    recorded.fill(tmp_path / "undisturbed", recorded_teacher, corpus=corpus)
+    events: list[Event] = []
+    killer, deaths = recorded.Killer(tmp_path, deaths=4), tmp_path.glob("shot-*")
+    recorded.fill(tmp_path / "killed", recorded_teacher, corpus=corpus, spread=two, before=killer, emit=events.append)
+    assert len(list(deaths)) == 4
+    assert len([text for text in warnings(events) if "killed or crashed" in text]) == 4
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+    last = [event for event in events if isinstance(event, Progress)][-1]
+    assert last.done == last.total, "what a dead replica had captured does not count twice"
+
+
+def test_records_that_no_replica_survives_are_rejected_and_the_rest_goes_on(
+    tmp_path: Path, recorded: ModuleType, recorded_teacher: Path, two: Spread
+) -> None:
+    """One kills the process, the other makes the engine raise: then too the process is not to be trusted."""
+    folder, events = tmp_path / "shards", list[Event]()
+    corpus = recorded.make_corpus(recorded_teacher, train=8, dev=5)
+    killer = recorded.Killer(tmp_path, poison=frozenset({6}))
+
+    def misbehave(sample: object) -> None:
+        if sample.sample_id == f"{12:016x}":  # type: ignore[attr-defined]
+            raise ZeroDivisionError("device-side assert")
+        killer(sample)
+
+    recorded.fill(folder, recorded_teacher, corpus=corpus, spread=two, before=misbehave, emit=events.append)
+    assert rejects(folder, "train-00001") == [(6, "train", 6, "its process was killed or crashed")]
+    assert rejects(folder, "dev-00001") == [(12, "dev", 4, "ZeroDivisionError: device-side assert")]
+    deaths = len(list(tmp_path.glob("poisoned-*")))
+    assert deaths == 3 + 1 + 3, "the unit three times, the half that holds it once, the record three times"
+    assert sorted(path.stem for path in folder.glob("*.arrow")) == ["dev-00000", "train-00000", "train-00001"]
+    shards = ShardSet(folder)
+    assert [int(record.sample_id, 16) for record in shards.split("train")] == [0, 1, 2, 3, 4, 5, 7]
+    assert [int(record.sample_id, 16) for record in shards.split("dev")] == [8, 9, 10, 11]
+    last = [event for event in events if isinstance(event, Progress)][-1]
+    assert last.done == last.total
+    before, engines = contents(folder), list[object]()
+    recorded.fill(folder, recorded_teacher, corpus=corpus, engines=engines)
+    assert engines[0].captured == []  # type: ignore[attr-defined]
+    assert contents(folder) == before
+
+
+def rejects(folder: Path, unit: str) -> list[tuple[int, str, int, str]]:
+    lines = map(json.loads, (folder / f"{unit}.rejects-1.jsonl").read_text("utf-8").splitlines())
+    return [(int(line["sample_id"], 16), line["split"], line["index"], line["reason"]) for line in lines]
+
+
+def test_a_unit_short_of_rejected_records_is_resumed_without_them(
+    tmp_path: Path, recorded: ModuleType, recorded_teacher: Path
+) -> None:
+    recorded.fill(tmp_path, recorded_teacher)
+    for name in ("manifest.json", "train-00000.arrow"):
+        (tmp_path / name).unlink()
+    (tmp_path / "train-00000.rejects-1.jsonl").write_text(json.dumps({"sample_id": f"{1:016x}"}) + "\n")
+    engines: list = []
+    recorded.fill(tmp_path, recorded_teacher, engines=engines)
+    assert [int(name, 16) for name in engines[0].captured] == [0, 2, 3]
+
+
+def test_W4_what_the_stage_refuses_in_a_replica_reaches_the_caller_and_seals_nothing(
+    tmp_path: Path, recorded: ModuleType, recorded_teacher: Path, two: Spread
+) -> None:
+    def refuse(sample: object) -> None:
+        raise StageError("the teacher is no softmax", hint="take another")
+
+    with pytest.raises(StageError, match="no softmax") as refused:
+        recorded.fill(tmp_path, recorded_teacher, spread=two, before=refuse)
+    assert refused.value.hint == "take another"
+    assert not is_sealed(tmp_path)
+
+
+def test_a_teacher_that_never_comes_up_ends_the_run(
+    tmp_path: Path, recorded: ModuleType, recorded_teacher: Path, two: Spread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(self: object) -> None:
+        recorded.Killer(tmp_path)._kill("starting")
+
+    monkeypatch.setattr(recorded.RecordedEngine, "start", die)
+    with pytest.raises(StageError, match="died 3 times before it had loaded the teacher"):
+        recorded.fill(tmp_path / "shards", recorded_teacher, spread=lambda order: two(order)[:1])
+    assert len(list(tmp_path.glob("starting-*"))) == 3
+    assert not is_sealed(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("worker: CUDA out of memory")])
+def test_out_of_memory_halves_the_token_budget_and_says_so(
+    tmp_path: Path, recorded: ModuleType, recorded_teacher: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    recorded.fill(tmp_path / "roomy", recorded_teacher)
+    budgets: list[int] = []
+
+    def short_of_memory(folder: Path, settings: object, spec: object) -> object:
+        def fail(sample: object) -> None:
+            if sample.sample_id == f"{5:016x}" and settings.max_batched_tokens > 600:  # type: ignore[attr-defined]
+                raise error
+
+        budgets.append(settings.max_batched_tokens)  # type: ignore[attr-defined]
+        return recorded.RecordedEngine(spec, fail)
+
+    events: list[Event] = []
+    recorded.fill(tmp_path / "tight", recorded_teacher, engine=short_of_memory, emit=events.append)
+    assert budgets == [2_048, 1_024, 512]
+    assert [text for text in warnings(events) if "a step has" in text] == [
+        f"the replica: out of memory: from here on a step has {budget} tokens, half of what it had"
+        for budget in budgets[1:]
+    ]
+    assert contents(tmp_path / "tight") == contents(tmp_path / "roomy")
+
+
+def test_memory_that_never_suffices_ends_the_run(tmp_path: Path, recorded: ModuleType, recorded_teacher: Path) -> None:
+    def fail(sample: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    with pytest.raises(StageError, match=r"even with 64 tokens a step: CUDA out of memory\. Tried") as ended:
+        recorded.fill(tmp_path, recorded_teacher, before=fail)
+    assert "tensor_parallel" in ended.value.hint
