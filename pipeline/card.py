@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.run import RunFolder, write_atomically
-from shards.manifest import file_sha256
+from shards.units import file_sha256
 
 CARD = "README.md"
 ABSENT = "not known"

@@ -12,48 +12,34 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from shards.columns import ColumnsInfo, publish_columns
 from shards.contract import Contract
-from shards.durable import LOCAL_DISK, Disk, make_folder, publish, remove_abandoned
-from shards.errors import ContractMismatch, Corrupt, Incomplete, Truncated
-from shards.shard import ShardReader
+from shards.errors import ContractMismatch, Corrupt
+from shards.sealed_json import read_sealed, sealed
+from shards.storage import RESTORE_FILE, Location, Storage, storage_at
+from shards.units import Published, ShardInfo, describe, require_name
+
+__all__ = [
+    "Manifest",
+    "ShardInfo",
+    "begin",
+    "is_sealed",
+    "publish_teacher_files",
+    "read_contract",
+    "read_manifest",
+    "seal",
+]
 
 CONTRACT_NAME, MANIFEST_NAME, TEACHER_FOLDER = "contract.json", "manifest.json", "teacher"
 HEAD_PCA_FILE, HEAD_PCA_TENSOR = "head_pca.safetensors", "components_VW"
 """In the teacher's folder: its head in its W first principal directions, [V, W] fp16."""
-MAX_MANIFEST_BYTES = 1 << 28
-_NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,199}")
+FIDELITY_FILE = "fidelity.json"
+"""In the teacher's folder: what the cache loses, measured while it was made."""
+MAX_TEACHER_FILE_BYTES = 1 << 33
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _TEACHER_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
-_END = b"\n}\n"
-_RESTORE = "restore the file from where the shards came from"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardInfo:
-    """One shard as the manifest lists it."""
-
-    name: str
-    split: str
-    records: int
-    positions: int
-    bytes: int
-    sha256: str
-
-    @classmethod
-    def of(cls, path: Path, *, contract: Contract) -> ShardInfo:
-        """Describe a published shard. Raises ContractMismatch where it was written under another contract."""
-        with ShardReader.open(path) as shard:
-            contract.require_equal(shard.contract, where=str(path))
-            return cls(
-                name=path.name,
-                split=shard.split,
-                records=len(shard),
-                positions=int(shard.numbers("positions").sum(dtype="int64")),
-                bytes=shard.size,
-                sha256=file_sha256(path),
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +50,11 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     """By name."""
     teacher_files: Mapping[str, str]
-    """sha256 of each file in the folder teacher/."""
+    """sha256 of each file in the teacher's folder."""
+    teacher_folder: str = TEACHER_FOLDER
+    """Its name in the set."""
+    columns: ColumnsInfo | None = None
+    """The plain columns of all shards in one file; sets of the first format have none."""
 
     def totals(self) -> dict[str, int]:
         """Shards, records, positions and bytes of the set."""
@@ -74,62 +64,86 @@ class Manifest:
         }
 
 
-def begin(folder: Path, contract: Contract, *, disk: Disk = LOCAL_DISK) -> None:
-    """Claim a folder for a contract, or agree with the claim that is there.
+def begin(location: Location, contract: Contract) -> None:
+    """Claim a place for a contract, or agree with the claim that is there.
 
     Removes what dead writers left half-written. Raises ContractMismatch naming the first field that differs.
     """
-    make_folder(folder, disk=disk)
-    remove_abandoned(folder)
-    document = {"contract": json.loads(contract.to_json())}
-    if not publish(folder, CONTRACT_NAME, _sealed(document), disk=disk):
-        contract.require_equal(read_contract(folder), where=str(folder))
+    storage = storage_at(location)
+    storage.prepare()
+    if not storage.publish(CONTRACT_NAME, sealed({"contract": json.loads(contract.to_json())})):
+        contract.require_equal(read_contract(storage), where=storage.where())
 
 
-def seal(folder: Path, contract: Contract, shards: Sequence[ShardInfo], *, disk: Disk = LOCAL_DISK) -> Manifest:
+def publish_teacher_files(location: Location, files: Mapping[str, bytes]) -> str:
+    """Publish what the student takes from its teacher, by file name; return the folder for `seal`.
+
+    In a folder, files of teacher/ that are there already stay. In an object store, where nothing refuses a second
+    writer, the folder is named by its contents. Raises StorageFailed, ValueError for a name that is none.
+    """
+    storage = storage_at(location)
+    folder = TEACHER_FOLDER if storage.exclusive else f"{TEACHER_FOLDER}-{_digest_of(files)}"
+    for name, data in files.items():
+        storage.publish(f"{folder}/{require_name(name, _TEACHER_FILE)}", data)
+    return folder
+
+
+def seal(
+    location: Location, contract: Contract, shards: Sequence[ShardInfo], *, teacher_folder: str = TEACHER_FOLDER
+) -> Manifest:
     """Publish the manifest of a finished set: from here on it can be read.
 
-    Hashes the files in folder/teacher. Raises Incomplete where a listed shard is missing, ValueError where a sample
-    occurs twice, ContractMismatch where the folder holds another set.
+    Hashes the teacher's files and gathers the plain columns. Raises Incomplete where a listed shard is missing,
+    ValueError where a sample occurs twice, ContractMismatch where another set is there.
     """
-    contract.require_equal(read_contract(folder), where=str(folder))
+    storage = storage_at(location)
+    contract.require_equal(read_contract(storage), where=storage.where())
+    infos = tuple(sorted(shards, key=lambda shard: shard.name))
+    published = [_standing(storage, info, contract) for info in infos]
+    _require_once_each(published)
     manifest = Manifest(
         contract=contract,
-        shards=tuple(sorted(shards, key=lambda shard: shard.name)),
-        teacher_files=_teacher_files(folder),
+        shards=infos,
+        teacher_files=_teacher_files(storage, teacher_folder),
+        teacher_folder=teacher_folder,
+        columns=publish_columns(storage, (shard.columns for shard in published)),
     )
-    _require_whole(folder, manifest)
-    if not publish(folder, MANIFEST_NAME, _sealed(_document(manifest)), disk=disk):
-        published = read_manifest(folder)
-        if published != manifest:
+    if not storage.publish(MANIFEST_NAME, sealed(_document(manifest))):
+        standing = read_manifest(storage)
+        if standing != manifest:
             raise ContractMismatch(
-                f"{folder} is sealed already, with other contents",
-                hint="write the new set into another folder",
+                f"{storage.where()} is sealed already, with other contents",
+                hint="write the new set to another place",
             )
     return manifest
 
 
-def is_sealed(folder: Path) -> bool:
+def is_sealed(location: Location) -> bool:
     """Whether the set is complete. Its content is not looked at."""
-    return (folder / MANIFEST_NAME).exists()
+    return storage_at(location).size(MANIFEST_NAME) is not None
 
 
-def read_contract(folder: Path) -> Contract:
-    """What the folder was begun with. Raises Incomplete where nothing was."""
-    return _contract(_unsealed(folder, CONTRACT_NAME, hint="run stage one to make the shards"), folder / CONTRACT_NAME)
+def read_contract(location: Location) -> Contract:
+    """What the set was begun with. Raises Incomplete where nothing was."""
+    storage = storage_at(location)
+    document = read_sealed(storage, CONTRACT_NAME, hint="run stage one to make the shards")
+    return _contract(document, storage.where(CONTRACT_NAME))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(location: Location) -> Manifest:
     """The manifest of a complete set. Raises Incomplete where stage one has not finished, Corrupt, UnknownVersion."""
-    begun = (folder / CONTRACT_NAME).exists()
+    storage = storage_at(location)
+    begun = storage.size(CONTRACT_NAME) is not None
     hint = "run stage one again: it goes on where it stopped" if begun else "run stage one to make the shards"
-    document, path = _unsealed(folder, MANIFEST_NAME, hint=hint), folder / MANIFEST_NAME
-    contract = _contract(document, path)
+    document, where = read_sealed(storage, MANIFEST_NAME, hint=hint), storage.where(MANIFEST_NAME)
+    contract = _contract(document, where)
     try:
         manifest = Manifest(
             contract=contract,
             shards=tuple(ShardInfo(**shard) for shard in document["shards"]),
             teacher_files=dict(document["teacher_files"]),
+            teacher_folder=require_name(document.get("teacher_folder", TEACHER_FOLDER)),
+            columns=ColumnsInfo(**document["columns"]) if "columns" in document else None,
         )
         for shard in manifest.shards:
             require_name(shard.name)
@@ -137,41 +151,53 @@ def read_manifest(folder: Path) -> Manifest:
                 raise ValueError(f"{shard.name} is empty")
         for name in manifest.teacher_files:
             require_name(name, _TEACHER_FILE)
+        _require_digests(manifest)
         if _document(manifest) != document:
             raise ValueError("its totals contradict its shards")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Corrupt(f"{path}: not a manifest: {error}", hint=_RESTORE) from error
+        raise Corrupt(f"{where}: not a manifest: {error}", hint=RESTORE_FILE) from error
     return manifest
 
 
-def require_name(name: str, allowed: re.Pattern[str] = _NAME) -> str:
-    """A file name that stays inside its folder on every system. Raises ValueError for any other."""
-    if not allowed.fullmatch(name):
-        raise ValueError(f"{name!r} is no name for a file of a shard set: it must match {allowed.pattern}")
-    return name
+def _require_digests(manifest: Manifest) -> None:
+    """Hashes become names of files: they must be nothing else."""
+    columns = [] if manifest.columns is None else [manifest.columns.sha256]
+    for digest in (*columns, *(shard.sha256 for shard in manifest.shards), *manifest.teacher_files.values()):
+        if not _SHA256.fullmatch(digest):
+            raise ValueError(f"{digest!r} is no sha256")
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _standing(storage: Storage, info: ShardInfo, contract: Contract) -> Published:
+    published = describe(storage, info.name, contract, sha256=info.sha256)
+    if published.info != info:
+        raise Corrupt(f"{storage.where(info.name)} is not the shard that was written", hint=RESTORE_FILE)
+    return published
 
 
-def _require_whole(folder: Path, manifest: Manifest) -> None:
-    """Every shard is there, and every sample once."""
+def _require_once_each(shards: Sequence[Published]) -> None:
     seen: dict[str, str] = {}
-    for info in manifest.shards:
-        with ShardReader.open(folder / info.name) as shard:
-            if shard.size != info.bytes:
-                raise Corrupt(f"{folder / info.name} has {shard.size} bytes, not {info.bytes}", hint=_RESTORE)
-            for sample_id in shard.sample_ids:
-                if sample_id in seen:
-                    raise ValueError(f"sample {sample_id!r} is in {seen[sample_id]} and again in {info.name}")
-                seen[sample_id] = info.name
+    for shard in shards:
+        for sample_id in shard.columns.column("sample_id").to_pylist():
+            if sample_id in seen:
+                raise ValueError(f"sample {sample_id!r} is in {seen[sample_id]} and again in {shard.info.name}")
+            seen[sample_id] = shard.info.name
 
 
-def _teacher_files(folder: Path) -> dict[str, str]:
-    paths = sorted(path for path in (folder / TEACHER_FOLDER).glob("[!.]*") if path.is_file())
-    return {require_name(path.name, _TEACHER_FILE): file_sha256(path) for path in paths}
+def _teacher_files(storage: Storage, folder: str) -> dict[str, str]:
+    return {
+        require_name(name.removeprefix(f"{folder}/"), _TEACHER_FILE): hashlib.sha256(
+            storage.read(name, most=MAX_TEACHER_FILE_BYTES)
+        ).hexdigest()
+        for name in sorted(storage.names(folder))
+    }
+
+
+def _digest_of(files: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name, data in sorted(files.items()):
+        digest.update(f"{name}\0{len(data)}\0".encode())
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def _document(manifest: Manifest) -> dict[str, Any]:
@@ -180,42 +206,13 @@ def _document(manifest: Manifest) -> dict[str, Any]:
         "shards": [asdict(shard) for shard in manifest.shards],
         "teacher_files": dict(manifest.teacher_files),
         "totals": manifest.totals(),
+        **({} if manifest.teacher_folder == TEACHER_FOLDER else {"teacher_folder": manifest.teacher_folder}),
+        **({} if manifest.columns is None else {"columns": asdict(manifest.columns)}),
     }
 
 
-def _sealed(document: Mapping[str, Any]) -> bytes:
-    """Canonical JSON with one more member, the sha256 of that JSON without it."""
-    digest = hashlib.sha256(_canonical(document)).hexdigest()
-    return _canonical({**document, "seal": digest})
-
-
-def _unsealed(folder: Path, name: str, *, hint: str) -> dict[str, Any]:
-    path = folder / name
-    try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise Corrupt(f"{path} is too large to be true", hint=_RESTORE)
-        content = path.read_bytes()
-    except OSError as error:
-        raise Incomplete(f"{path} cannot be read: {error.strerror}", hint=hint) from error
-    if not content.endswith(_END):
-        raise Truncated(f"{path} ends after {len(content)} bytes, within its contents", hint=_RESTORE)
-    try:
-        document: dict[str, Any] = json.loads(content)
-        document.pop("seal")
-        intact = _sealed(document) == content
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise Corrupt(f"{path} differs from its seal", hint=_RESTORE)
-    return document
-
-
-def _canonical(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"
-
-
-def _contract(document: Mapping[str, Any], path: Path) -> Contract:
+def _contract(document: Mapping[str, Any], where: str) -> Contract:
     try:
         return Contract.from_json(json.dumps(document["contract"]))
     except KeyError as error:
-        raise Corrupt(f"{path} holds no contract", hint=_RESTORE) from error
+        raise Corrupt(f"{where} holds no contract", hint=RESTORE_FILE) from error

@@ -1,12 +1,14 @@
-"""A complete shard set as sequences of records, one a split.
+"""A complete shard set as sequences of records, one a split, whatever it lies in: a folder or an object store.
 
-- Opening reads the manifest; opening a split reads the plain columns of its shards. Payloads are decoded one record
-  at a time, when asked for.
-- At most `MAX_OPEN` shards are mapped at once, whatever the set's size. Threads may share a set.
+- Opening reads the manifest; opening a split maps the set's columns. No shard is opened before a record is asked for,
+  and then payloads are decoded one record at a time.
+- At most `MAX_OPEN` shards are mapped at once, and what was read of them is given back every `MAX_RESIDENT` bytes, so
+  that memory stays flat whatever the set's size. Threads may share a set.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,27 +19,43 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.columns import Columns, columns_of
 from shards.contract import Contract
 from shards.errors import Corrupt, Incomplete, Truncated
 from shards.framing import RESTORE
-from shards.manifest import MANIFEST_NAME, TEACHER_FOLDER, Manifest, ShardInfo, file_sha256, read_manifest
+from shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from shards.object_cache import ObjectCache
 from shards.record import Record
 from shards.shard import ShardReader
+from shards.storage import Location, Storage, storage_at
+from shards.units import ShardInfo, file_sha256, shard_name
 
 __all__ = ["ShardReader", "ShardSet", "Split"]
 
 MAX_OPEN = 256
+MAX_RESIDENT = 1 << 28
+"""Bytes of cells read, about, before mapped pages are given back."""
 
 
 class ShardSet:
-    """A folder with a published manifest."""
+    """A set with a published manifest."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises Incomplete where stage one has not finished, Corrupt, Truncated or UnknownVersion."""
-        self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
+    def __init__(self, location: Location, *, cache: ObjectCache | None = None) -> None:
+        """`cache` keeps the copies of a remote set, by default in the user's cache.
+
+        Raises Incomplete where stage one has not finished, Corrupt, Truncated, UnknownVersion or StorageFailed, and
+        ValueError for a URL of an unknown kind.
+        """
+        self.storage: Storage = storage_at(location, cache=cache)
+        self.manifest: Manifest = read_manifest(self.storage)
         self._open: OrderedDict[str, ShardReader] = OrderedDict()
+        self._read = 0
         self._lock = threading.Lock()
+
+    @property
+    def where(self) -> str:
+        """The path or URL of the set."""
+        return self.storage.where()
 
     @property
     def contract(self) -> Contract:
@@ -45,8 +63,8 @@ class ShardSet:
 
     @property
     def teacher_folder(self) -> Path:
-        """Where the tokenizer and whatever else the student takes from its teacher lie."""
-        return self.folder / TEACHER_FOLDER
+        """Where, on this machine, the tokenizer and whatever else the student takes from its teacher lie."""
+        return self.storage.local_folder(self.manifest.teacher_folder, self.manifest.teacher_files)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -55,8 +73,25 @@ class ShardSet:
     def split(self, name: str) -> Split:
         """The records of one split, in the order of the manifest. Raises ValueError where there is no such split."""
         if name not in self.splits:
-            raise ValueError(f"no split {name!r} in {self.folder}, which has {', '.join(self.splits)}")
+            raise ValueError(f"no split {name!r} in {self.where}, which has {', '.join(self.splits)}")
         return Split(self, tuple(shard for shard in self.manifest.shards if shard.split == name))
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The plain columns of all shards. Raises Corrupt, Incomplete, Truncated or StorageFailed."""
+        if self.manifest.columns is None:
+            return Columns.gathered(columns_of(self.open(info)) for info in self.manifest.shards)
+        return Columns.open(self.storage, self.manifest.columns, self.manifest.totals()["records"])
+
+    def rows_of(self, info: ShardInfo) -> slice:
+        """Where the columns of a shard lie in those of the set."""
+        return self._rows[info.name]
+
+    @cached_property
+    def _rows(self) -> dict[str, slice]:
+        starts = np.cumsum([0, *(info.records for info in self.manifest.shards)]).tolist()
+        names = (info.name for info in self.manifest.shards)
+        return {name: slice(*ends) for name, ends in zip(names, itertools.pairwise(starts), strict=True)}
 
     def open(self, info: ShardInfo) -> ShardReader:
         """A shard that the manifest lists. It stays open while it is among the last `MAX_OPEN` used."""
@@ -69,43 +104,62 @@ class ShardSet:
             self._open.move_to_end(info.name)
             return self._open[info.name]
 
+    def record(self, info: ShardInfo, row: int) -> Record:
+        """Decode one record of a shard, touching no other. Raises Corrupt naming the shard and the record."""
+        shard = self.open(info)
+        record = shard[row]
+        with self._lock:
+            self._read += shard.row_bytes(row)
+            if self._read >= MAX_RESIDENT:
+                self._read = 0
+                for shard in self._open.values():
+                    shard.release_pages()
+        return record
+
     def verify(self) -> None:
         """Raise for the first file whose bytes differ from the manifest or from their own seal."""
+        if self.manifest.columns is not None:
+            self.verify_columns()
         for name in self.manifest.teacher_files:
             self.verify_teacher_file(name)
         for info in self.manifest.shards:
             self.verify_shard(info)
 
+    def verify_columns(self) -> None:
+        """Raises Corrupt, Incomplete or Truncated."""
+        assert self.manifest.columns is not None
+        Columns.open(self.storage, self.manifest.columns, self.manifest.totals()["records"])
+
     def verify_shard(self, info: ShardInfo) -> None:
         """Raises Truncated, Corrupt, Incomplete or UnknownVersion."""
-        shard = self._opened(info)
-        shard.verify()
-        if file_sha256(shard.path) != info.sha256:
-            raise Corrupt(f"{shard.path} is a whole shard, but not the one of {MANIFEST_NAME}", hint=RESTORE)
+        with self._opened(info) as shard:
+            shard.verify()
+            if file_sha256(self._path(info)) != info.sha256:
+                where = self.storage.where(info.name)
+                raise Corrupt(f"{where} is a whole shard, but not the one of {MANIFEST_NAME}", hint=RESTORE)
 
     def verify_teacher_file(self, name: str) -> None:
         """Raises Corrupt or Incomplete."""
-        path = self.teacher_folder / name
-        try:
-            digest = file_sha256(path)
-        except OSError as error:
-            raise Incomplete(f"{path} cannot be read: {error.strerror}", hint="restore the file") from error
-        if digest != self.manifest.teacher_files[name]:
-            raise Corrupt(f"{path} differs from {MANIFEST_NAME}", hint="restore the file")
+        listed, sha256 = f"{self.manifest.teacher_folder}/{name}", self.manifest.teacher_files[name]
+        if file_sha256(self.storage.local(listed, sha256=sha256)) != sha256:
+            raise Corrupt(f"{self.storage.where(listed)} differs from {MANIFEST_NAME}", hint="restore the file")
+
+    def _path(self, info: ShardInfo) -> Path:
+        return self.storage.local(info.name, sha256=info.sha256, size=info.bytes)
 
     def _opened(self, info: ShardInfo) -> ShardReader:
-        path = self.folder / info.name
-        shard = ShardReader.open(path)
+        where = self.storage.where(info.name)
+        try:
+            shard = ShardReader.open(self._path(info), called=where)
+        except Incomplete:
+            # Another process may have dropped the copy from the cache between the two; a second time it is the file.
+            shard = ShardReader.open(self._path(info), called=where)
         if shard.size < info.bytes:
-            raise Truncated(f"{path} has {shard.size} of {info.bytes} bytes", hint=RESTORE)
-        self.contract.require_equal(shard.contract, where=str(path))
-        if (shard.size, len(shard), shard.split, f"{shard.unit}.arrow") != (
-            info.bytes,
-            info.records,
-            info.split,
-            info.name,
-        ):
-            raise Corrupt(f"{path} is not the shard that {MANIFEST_NAME} lists", hint=RESTORE)
+            raise Truncated(f"{where} has {shard.size} of {info.bytes} bytes", hint=RESTORE)
+        self.contract.require_equal(shard.contract, where=where)
+        names = {shard_name(shard.unit, info.sha256, exclusive=exclusive) for exclusive in (True, False)}
+        if (shard.size, len(shard), shard.split) != (info.bytes, info.records, info.split) or info.name not in names:
+            raise Corrupt(f"{where} is not the shard that {MANIFEST_NAME} lists", hint=RESTORE)
         return shard
 
 
@@ -132,27 +186,32 @@ class Split(Sequence[Record]):
             raise IndexError(f"record {index} of {len(self)}")
         index %= len(self)
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._shards.open(self._infos[shard])[index - int(self._starts[shard])]
+        return self._shards.record(self._infos[shard], index - int(self._starts[shard]))
 
     @cached_property
     def sample_ids(self) -> NDArray[np.str_]:
-        return np.array([name for info in self._infos for name in self._shards.open(info).sample_ids])
+        columns = self._shards.columns
+        return np.array([name for info in self._infos for name in columns.sample_ids(self._rows(info)).to_pylist()])
 
     @cached_property
     def prompt_lengths(self) -> NDArray[np.int32]:
         """P of every record."""
-        return self.column("prompt_length").astype(np.int32)
+        return self.column("prompt_length").astype(np.int32, copy=False)
 
     @cached_property
     def response_lengths(self) -> NDArray[np.int32]:
         """R of every record."""
-        return self.column("response_length").astype(np.int32)
+        return self.column("response_length").astype(np.int32, copy=False)
 
     @cached_property
     def positions(self) -> NDArray[np.int32]:
         """N of every record."""
-        return self.column("positions").astype(np.int32)
+        return self.column("positions").astype(np.int32, copy=False)
 
     def column(self, name: str) -> NDArray[np.int32] | NDArray[np.float32]:
         """A plain column of one number a record: see FORMAT.md for the list."""
-        return np.concatenate([self._shards.open(info).numbers(name) for info in self._infos])
+        columns = self._shards.columns
+        return np.concatenate([columns.numbers(name, self._rows(info)) for info in self._infos])
+
+    def _rows(self, info: ShardInfo) -> slice:
+        return self._shards.rows_of(info)

@@ -40,10 +40,11 @@ from shards.schema import (
 class ShardReader:
     """A shard, open for reading. Use as a context manager, or `close` it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, data: framing.Bytes, *, called: str) -> None:
+        """Raises what `open` does. `called` is how messages call the shard."""
+        self.called = called
+        self._mapping: mmap.mmap | None = None
         with self._named():
-            data = _map(path)
             self._frame = framing.split_frame(data)
             framing.refuse_compression(self._frame)
             with _arrow_faults():
@@ -60,12 +61,27 @@ class ShardReader:
             self._require_agreement()
 
     @classmethod
-    def open(cls, path: Path) -> ShardReader:
-        """Open a shard. Raises Truncated, Corrupt, UnknownVersion, or Incomplete where there is no such file."""
-        return cls(path)
+    def open(cls, path: Path, *, called: str | None = None) -> ShardReader:
+        """Map a shard. Raises Truncated, Corrupt, UnknownVersion, or Incomplete where there is no such file."""
+        called = called or str(path)
+        mapping = _map(path, called)
+        shard = cls(np.frombuffer(mapping, np.uint8), called=called)
+        shard._mapping = mapping
+        return shard
+
+    @classmethod
+    def of(cls, data: bytes, *, called: str) -> ShardReader:
+        """A shard whose bytes are in memory."""
+        return cls(np.frombuffer(data, np.uint8), called=called)
+
+    def release_pages(self) -> None:
+        """Give the memory of what was read back to the system, which keeps it as long as it likes; reading goes on."""
+        if self._mapping is not None:
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Let go of the mapping. Arrays that were returned stay valid."""
+        self._mapping = None
         del self._frame, self._batch, self._cells, self._checks
 
     def __enter__(self) -> ShardReader:
@@ -97,6 +113,10 @@ class ShardReader:
     def cell_sizes(self, name: str) -> NDArray[np.int64]:
         """Bytes of each row's cell in column `name`."""
         return self._cells[name].sizes
+
+    def row_bytes(self, row: int) -> int:
+        """Bytes of all cells of a row."""
+        return sum(int(cells.sizes[row]) for cells in self._cells.values())
 
     def __getitem__(self, row: int) -> Record:
         """Decode one row. Raises Corrupt naming shard and row."""
@@ -178,7 +198,7 @@ class ShardReader:
         try:
             yield
         except ShardError as error:
-            where = str(self.path) if row is None else f"{self.path}: record {row}"
+            where = self.called if row is None else f"{self.called}: record {row}"
             raise type(error)(f"{where}: {error}", hint=error.hint or framing.RESTORE) from error
 
 
@@ -199,14 +219,16 @@ class _Cells:
         return self._values[self._starts[row] : self._starts[row + 1]]
 
 
-def _map(path: Path) -> framing.Bytes:
+def _map(path: Path, called: str) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             if file.seek(0, 2) == 0:
-                raise Truncated("it is empty", hint=framing.RESTORE)
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                raise Truncated(f"{called}: it is empty", hint=framing.RESTORE)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise Incomplete(f"cannot be opened: {error.strerror}", hint="check the path, or run stage one") from error
+        raise Incomplete(
+            f"{called}: cannot be opened: {error.strerror}", hint="check the path, or run stage one"
+        ) from error
 
 
 def _described(metadata: dict[bytes, bytes]) -> tuple[Contract, str, str]:

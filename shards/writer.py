@@ -8,38 +8,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from shards.codec import codec_for
 from shards.contract import Contract
-from shards.durable import LOCAL_DISK, Disk, publish
 from shards.framing import write_frame
-from shards.manifest import ShardInfo, require_name
 from shards.record import Int32, Record
 from shards.schema import MAX_COLUMN_BYTES, MAX_ROWS, cell_check, cell_names, fixed_parts, schema_for
+from shards.storage import Location, storage_at
+from shards.units import ShardInfo, publish_unit, require_name
 from shards.validation import require_valid
 
 
 def write_shard(
-    folder: Path,
+    location: Location,
     unit: str,
     split: str,
     contract: Contract,
     records: Sequence[Record],
-    *,
-    disk: Disk = LOCAL_DISK,
 ) -> ShardInfo:
-    """Publish folder/`unit`.arrow with one row a record, in order, and describe the shard that is there now.
+    """Publish the shard of a unit with one row a record, in order, and describe the shard that is there now.
 
     Where another writer was first, its shard stays and is described, once it is known to be of the same contract.
     Raises InvalidRecord, StorageFailed, ContractMismatch, or what reading a damaged earlier shard raises.
     """
-    name = require_name(f"{unit}.arrow")
-    publish(folder, name, build_shard(unit, split, contract, records), disk=disk)
-    return ShardInfo.of(folder / name, contract=contract)
+    require_name(f"{unit}.arrow")
+    return publish_unit(storage_at(location), unit, build_shard(unit, split, contract, records), contract)
 
 
 def build_shard(unit: str, split: str, contract: Contract, records: Sequence[Record]) -> bytes:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards.contract import Contract
-from shards.manifest import ShardInfo
 from shards.record import Record
-from shards.shard import ShardReader
+from shards.storage import LocalStorage
+from shards.units import ShardInfo, describe
 from shards.writer import write_shard
 from stages.corpus.sample import Sample
 from stages.corpus.store import Corpus
@@ -141,15 +141,15 @@ class Job:
     def _published(self, unit: Unit) -> ShardInfo:
         """A shard that was there before, if it holds this unit, be it without rejected records."""
         path, split = self._path(unit), self._split(unit)
-        with ShardReader.open(path) as shard:
-            ids = set(shard.sample_ids)
+        shard = describe(LocalStorage(self.folder), path.name, self.contract)
+        ids = set(shard.columns.column("sample_id").to_pylist())
         planned = {split[index].sample_id for index in range(unit.start, unit.stop)}
         if ids - planned or planned - ids - read_rejects(self.folder, unit):
             raise StageError(
                 f"{path} holds {len(ids)} records, which are not the {len(planned)} of the plan",
                 hint="cache.records_per_shard must stay what it was when this set was begun",
             )
-        return ShardInfo.of(path, contract=self.contract)
+        return shard.info
 
     def _wanted(self, unit: Unit) -> list[int]:
         """The places of a unit's samples, without those that were rejected before."""

@@ -16,8 +16,9 @@ from pipeline.run import RunFolder
 from pipeline.share import dataset_card, share
 from shards.errors import ShardError
 from shards.inspect import verify_shards
-from shards.manifest import file_sha256, read_manifest
+from shards.manifest import read_manifest
 from shards.reader import ShardSet
+from shards.units import file_sha256
 from stages.inference.generate import Student
 from stages.inference.loading import load_model, newest_model
 

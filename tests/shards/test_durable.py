@@ -19,6 +19,7 @@ from shards.errors import InvalidRecord, ShardError, StorageFailed
 from shards.manifest import begin, read_manifest
 from shards.reader import ShardSet
 from shards.record import Record
+from shards.storage import LocalStorage
 from shards.writer import build_shard, write_shard
 
 UNITS = ("train-00000", "train-00001", "dev-00000")
@@ -29,13 +30,14 @@ def write_set(contract: Contract, records: list[Record]) -> Callable[..., Iterat
     """All of stage one that concerns files; yields each name when its publication has returned."""
 
     def write(folder: Path, disk: Disk) -> Iterator[str]:
-        begin(folder, contract, disk=disk)
+        storage = LocalStorage(folder, disk=disk)
+        begin(storage, contract)
         yield manifest.CONTRACT_NAME
         infos = []
         for unit, record in zip(UNITS, records, strict=True):
-            infos.append(write_shard(folder, unit, unit.split("-")[0], contract, [record], disk=disk))
+            infos.append(write_shard(storage, unit, unit.split("-")[0], contract, [record]))
             yield f"{unit}.arrow"
-        manifest.seal(folder, contract, infos, disk=disk)
+        manifest.seal(storage, contract, infos)
         yield manifest.MANIFEST_NAME
 
     return write
@@ -45,14 +47,17 @@ def write_set(contract: Contract, records: list[Record]) -> Callable[..., Iterat
 def expected(tmp_path: Path, write_set: Callable[..., Iterator[str]]) -> dict[str, bytes]:
     """The undisturbed set."""
     names = list(write_set(tmp_path / "undisturbed", LOCAL_DISK))
-    return {name: (tmp_path / "undisturbed" / name).read_bytes() for name in names}
+    found = visible(tmp_path / "undisturbed")
+    assert set(found) == {*names, *(name for name in found if name.startswith("columns/"))}
+    return found
 
 
 def visible(folder: Path) -> dict[str, bytes]:
     """Files under final names."""
     if not folder.exists():
         return {}
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".tmp")}
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".tmp"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def require_sound(folder: Path, expected: dict[str, bytes], promised: list[str]) -> None:
@@ -66,7 +71,7 @@ def require_sound(folder: Path, expected: dict[str, bytes], promised: list[str])
 def require_resumable(folder: Path, expected: dict[str, bytes], write_set: Callable[..., Iterator[str]]) -> None:
     list(write_set(folder, LOCAL_DISK))
     assert visible(folder) == expected
-    assert not list(folder.glob(".*.tmp")), "what the dead writer left is cleared away"
+    assert not list(folder.rglob(".*.tmp")), "what the dead writer left is cleared away"
     ShardSet(folder).verify()
 
 
@@ -128,7 +133,7 @@ def test_W2_a_writer_that_omits_any_one_sync_is_caught(
 ) -> None:
     operations = operations_of(disks, tmp_path / "counted", write_set)
     _, syncs = lose_power(tmp_path / "honest", None, None, disks, write_set, expected)
-    assert syncs == 11, "one for the folder, two for each of five files"
+    assert syncs == 14, "one for each of two folders, two for each of six files"
 
     def lose_power_everywhere(lie: int) -> None:
         for at in [*range(operations), None]:

@@ -20,10 +20,11 @@ import zstandard
 from shards import framing
 from shards.contract import Contract
 from shards.errors import ContractMismatch, Corrupt, ShardError, UnknownVersion
-from shards.manifest import ShardInfo
 from shards.record import Record
 from shards.schema import cell_check, cell_names, fixed_parts
 from shards.shard import ShardReader
+from shards.storage import LocalStorage
+from shards.units import describe
 
 Same = Callable[[Record, Record], None]
 Change = Callable[[dict[str, Any]], None]
@@ -135,7 +136,7 @@ def test_R3_a_foreign_tokenizer_vocabulary_or_teacher_is_named(
 ) -> None:
     ours = dataclasses.replace(contract, **change)
     with pytest.raises(ContractMismatch, match=next(iter(change))):
-        ShardInfo.of(shard, contract=ours)
+        describe(LocalStorage(shard.parent), shard.name, ours)
 
 
 def within_memory(in_child: Callable[..., int], action: Callable[[], None], *, megabytes: int = 256) -> None:

@@ -16,6 +16,7 @@ from shards.errors import ContractMismatch, Corrupt, Incomplete, ShardError, Tru
 from shards.manifest import ShardInfo, begin, is_sealed, read_contract, read_manifest, seal
 from shards.reader import ShardSet
 from shards.record import Record
+from shards.sealed_json import sealed
 from shards.writer import write_shard
 
 
@@ -34,20 +35,20 @@ def infos(tmp_path: Path, contract: Contract, records: list[Record]) -> list[Sha
 
 def test_a_sealed_set_says_what_it_holds(tmp_path: Path, contract: Contract, infos: list[ShardInfo]) -> None:
     assert not is_sealed(tmp_path)
-    sealed = seal(tmp_path, contract, infos)
+    made = seal(tmp_path, contract, infos)
     assert is_sealed(tmp_path)
-    assert sealed == read_manifest(tmp_path)
-    assert sealed.contract == contract
-    assert [shard.name for shard in sealed.shards] == ["dev-00000.arrow", "train-00000.arrow"]
-    assert sealed.totals() == {
+    assert made == read_manifest(tmp_path)
+    assert made.contract == contract
+    assert [shard.name for shard in made.shards] == ["dev-00000.arrow", "train-00000.arrow"]
+    assert made.totals() == {
         "shards": 2,
         "records": 3,
         "positions": 5 + 1 + 5,
         "bytes": sum(path.stat().st_size for path in tmp_path.glob("*.arrow")),
     }
-    for shard in sealed.shards:
+    for shard in made.shards:
         assert hashlib.sha256((tmp_path / shard.name).read_bytes()).hexdigest() == shard.sha256
-    assert sealed.teacher_files == {
+    assert made.teacher_files == {
         "tokenizer.json": hashlib.sha256(b"{}").hexdigest(),
         "head_pca.safetensors": hashlib.sha256(b"pca").hexdigest(),
     }
@@ -156,7 +157,7 @@ def reseal(path: Path, change: Any) -> None:
     document = json.loads(path.read_bytes())
     del document["seal"]
     change(document)
-    path.write_bytes(manifest._sealed(document))
+    path.write_bytes(sealed(document))
 
 
 @pytest.mark.parametrize(

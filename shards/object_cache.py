@@ -1,0 +1,149 @@
+"""Copies of remote files on this machine, named by their sha256, up to a size; the least recently used go first.
+
+- A copy is checked when it arrives, and once more by every process before that process uses it first.
+- Processes share a cache: a copy appears whole by a rename, a file is fetched by one of them only, and one that is
+  removed while somebody has it open stays readable there.
+- The limit may be passed by what is in use at one moment: the file just asked for is never refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from shards.durable import remove_abandoned
+from shards.errors import Corrupt, StorageFailed
+
+DEFAULT_LIMIT = 64 << 30
+
+
+def default_folder() -> Path:
+    """$MINICODFORMER_CACHE, else minicodformer in the user's cache; in it, shards/."""
+    own = os.environ.get("MINICODFORMER_CACHE")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(own).expanduser().absolute() if own else home / "minicodformer") / "shards"
+
+
+class ObjectCache:
+    """One folder of copies. Threads and processes may share it."""
+
+    def __init__(self, folder: Path | None = None, *, limit: int | None = None) -> None:
+        """`limit` in bytes; by default what $MINICODFORMER_SHARD_CACHE_GB says, else 64 GiB. ValueError below 1."""
+        self.folder = default_folder() if folder is None else folder
+        self.limit = _limit_from_environment() if limit is None else limit
+        if self.limit < 1:
+            raise ValueError(f"a cache of {self.limit} bytes holds nothing")
+        self._checked: set[str] = set()
+
+    def path(self, sha256: str, size: int | None, fetch: Callable[[Path], None], *, called: str) -> Path:
+        """The copy of a file, of `size` bytes where that is known; where there is none, `fetch` writes it to a path.
+
+        `called` is how messages call the file. Raises Corrupt where what arrives differs from its sha256, StorageFailed
+        where this disk refuses, and whatever `fetch` raises.
+        """
+        path = self.folder / sha256
+        with _explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _alone(self.folder / f".{sha256[:2]}.lock"):
+                if not self._intact(path, sha256, size):
+                    self._make_room(size or 0, keep=path)
+                    self._fetch(path, sha256, size, fetch, called)
+                os.utime(path)
+                self._checked.add(sha256)
+        return path
+
+    def folder_of(self, copies: Mapping[str, Path]) -> Path:
+        """A folder in which copies have their own names. It keeps them, beyond the limit, until it is removed."""
+        digest = hashlib.sha256("".join(f"{name} {path.name}\n" for name, path in sorted(copies.items())).encode())
+        folder = self.folder / f".folder-{digest.hexdigest()[:32]}"
+        with _explained(self.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, path in copies.items():
+                with contextlib.suppress(FileExistsError):
+                    os.link(path, folder / name)
+        return folder
+
+    def _intact(self, path: Path, sha256: str, size: int | None) -> bool:
+        try:
+            if size not in (None, path.stat().st_size):
+                return False
+        except FileNotFoundError:
+            return False
+        return sha256 in self._checked or _sha256(path) == sha256
+
+    def _fetch(self, path: Path, sha256: str, size: int | None, fetch: Callable[[Path], None], called: str) -> None:
+        arriving = self.folder / f".{sha256}.{secrets.token_hex(4)}.tmp"
+        # The lock tells others that this one is alive: `remove_abandoned` leaves it.
+        with arriving.open("xb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fetch(arriving)
+                found = arriving.stat().st_size
+                if size not in (None, found) or _sha256(arriving) != sha256:
+                    raise Corrupt(
+                        f"{called} arrived as {found} bytes, which differ from its checksum",
+                        hint="try again; where it stays so, the remote file is damaged: verify-shards --quarantine",
+                    )
+                arriving.replace(path)
+            finally:
+                arriving.unlink(missing_ok=True)
+
+    def _make_room(self, size: int, *, keep: Path) -> None:
+        """Remove the least recently used copies until `size` more bytes fit."""
+        remove_abandoned(self.folder)
+        copies = sorted(
+            ((status.st_mtime_ns, status.st_size, path) for path, status in _copies(self.folder) if path != keep),
+        )
+        excess = sum(held for _, held, _ in copies) + size - self.limit
+        for _, held, path in copies:
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            self._checked.discard(path.name)
+            excess -= held
+
+
+def _copies(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in folder.glob("[!.]*"):
+        # Another process may remove a copy at any moment.
+        with contextlib.suppress(FileNotFoundError):
+            yield path, path.stat()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait for whoever works on the same copy. The kernel lets go of the lock when its holder dies."""
+    with path.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageFailed(
+            f"the shard cache {folder} refuses: {error.strerror or error}",
+            hint="make room or fix the permissions, or set MINICODFORMER_CACHE to another folder",
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _limit_from_environment() -> int:
+    stated = os.environ.get("MINICODFORMER_SHARD_CACHE_GB")
+    if stated is None:
+        return DEFAULT_LIMIT
+    try:
+        return int(float(stated) * (1 << 30))
+    except ValueError as error:
+        raise ValueError(f"MINICODFORMER_SHARD_CACHE_GB must be a number of GiB, not {stated!r}") from error

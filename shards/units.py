@@ -1,0 +1,163 @@
+"""One unit of work becomes one published shard, in a folder or in an object store.
+
+    folder         <unit>.arrow                      its name is refused to a second writer
+    object store   <unit>-<sha256>.arrow             the shard, named by its content
+                   units/<unit>-<sha256>.json        published after it: the unit exists from this moment
+
+In an object store two writers may both publish a unit. Its earliest `units/` object counts, equal times by name; which
+one a set took stands in its manifest. That object also carries the shard's plain columns, so that neither resuming nor
+sealing reads a shard back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from shards.columns import SCHEMA, columns_of
+from shards.contract import Contract
+from shards.errors import Corrupt
+from shards.sealed_json import read_sealed, sealed
+from shards.shard import ShardReader
+from shards.storage import RESTORE_FILE, Storage
+
+UNITS_FOLDER = "units"
+_SHARD_NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,199}")
+_SUFFIX = ".arrow"
+_BY_CONTENT = re.compile(r"(?P<unit>.+)-(?P<sha256>[0-9a-f]{64})\.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """One shard as the manifest lists it."""
+
+    name: str
+    split: str
+    records: int
+    positions: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A shard that is there, and its plain columns."""
+
+    info: ShardInfo
+    columns: pa.RecordBatch
+
+
+def shard_name(unit: str, sha256: str, *, exclusive: bool) -> str:
+    """Under which name a unit's shard lies. Raises ValueError for a unit that could leave its folder."""
+    name = f"{unit}{_SUFFIX}" if exclusive else f"{unit}-{sha256}{_SUFFIX}"
+    return require_name(name)
+
+
+def require_name(name: str, allowed: re.Pattern[str] = _SHARD_NAME) -> str:
+    """A file name that stays inside its folder on every system. Raises ValueError for any other."""
+    if not allowed.fullmatch(name):
+        raise ValueError(f"{name!r} is no name for a file of a shard set: it must match {allowed.pattern}")
+    return name
+
+
+def publish_unit(storage: Storage, unit: str, data: bytes, contract: Contract) -> ShardInfo:
+    """Publish a shard's bytes and describe the shard that counts now for this unit: this one, or an earlier one.
+
+    Raises StorageFailed, ContractMismatch where the earlier one is of another contract, or what reading it raises.
+    """
+    sha256 = hashlib.sha256(data).hexdigest()
+    name = shard_name(unit, sha256, exclusive=storage.exclusive)
+    if storage.exclusive:
+        if not storage.publish(name, data):
+            return describe(storage, name, contract).info
+        return _published(storage, name, sha256, data).info
+    if unit not in published_units(storage):
+        if storage.size(name) not in (None, len(data)):
+            storage.set_aside(name)  # the torso of an upload that was killed while it failed
+        storage.publish(name, data)
+        document = _unit_document(_published(storage, name, sha256, data), contract)
+        storage.publish(f"{UNITS_FOLDER}/{unit}-{sha256}.json", sealed(document))
+    return describe(storage, published_units(storage)[unit], contract).info
+
+
+def published_units(storage: Storage) -> dict[str, str]:
+    """The units that are there, each with the name by which `describe` knows it. Lists names, opens nothing."""
+    if storage.exclusive:
+        return {name.removesuffix(_SUFFIX): name for name in storage.names() if name.endswith(_SUFFIX)}
+    units: dict[str, str] = {}
+    for name in storage.names(UNITS_FOLDER):
+        if found := _BY_CONTENT.fullmatch(name.removeprefix(f"{UNITS_FOLDER}/")):
+            units.setdefault(found["unit"], shard_name(found["unit"], found["sha256"], exclusive=False))
+    return units
+
+
+def describe(storage: Storage, name: str, contract: Contract, *, sha256: str | None = None) -> Published:
+    """A published shard; its hash is taken for what `sha256` says where that is given.
+
+    Raises ContractMismatch where it was written under another contract, Corrupt, Incomplete."""
+    if storage.exclusive:
+        path = storage.local(name, sha256="", size=0)
+        with ShardReader.open(path) as shard:
+            contract.require_equal(shard.contract, where=storage.where(name))
+            return _described(shard, name, sha256 or file_sha256(path))
+    unit_name = f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json"
+    document = read_sealed(storage, unit_name, hint="run stage one again: it goes on where it stopped")
+    return _from_document(document, contract, where=storage.where(unit_name), name=name)
+
+
+def set_aside_unit(storage: Storage, name: str) -> None:
+    """Take a shard out of a set that is not sealed: its unit counts as not done."""
+    if not storage.exclusive:
+        storage.set_aside(f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json")
+    storage.set_aside(name)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _published(storage: Storage, name: str, sha256: str, data: bytes) -> Published:
+    with ShardReader.of(data, called=storage.where(name)) as shard:
+        return _described(shard, name, sha256)
+
+
+def _described(shard: ShardReader, name: str, sha256: str) -> Published:
+    columns = columns_of(shard)
+    info = ShardInfo(
+        name=name,
+        split=shard.split,
+        records=len(shard),
+        positions=int(shard.numbers("positions").sum(dtype="int64")),
+        bytes=shard.size,
+        sha256=sha256,
+    )
+    return Published(info=info, columns=columns)
+
+
+def _unit_document(published: Published, contract: Contract) -> dict[str, Any]:
+    return {
+        "contract": json.loads(contract.to_json()),
+        "shard": asdict(published.info),
+        "columns": published.columns.to_pydict(),
+    }
+
+
+def _from_document(document: Mapping[str, Any], contract: Contract, *, where: str, name: str) -> Published:
+    try:
+        theirs = Contract.from_json(json.dumps(document["contract"]))
+        info = ShardInfo(**document["shard"])
+        columns = pa.RecordBatch.from_pydict(document["columns"], schema=SCHEMA)
+        if info.name != name or columns.num_rows != info.records:
+            raise ValueError("it describes another shard")
+    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        raise Corrupt(f"{where} does not describe a shard: {error}", hint=RESTORE_FILE) from error
+    contract.require_equal(theirs, where=where)
+    return Published(info=info, columns=columns)

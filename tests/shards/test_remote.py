@@ -1,0 +1,232 @@
+"""A set in an object store: a real S3 client against a real server on loopback."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shards.contract import Contract
+from shards.errors import ContractMismatch, Corrupt, Incomplete, StorageFailed
+from shards.manifest import Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
+from shards.object_cache import ObjectCache
+from shards.reader import ShardSet
+from shards.record import Record
+from shards.remote import RemoteStorage
+from shards.storage import Location, storage_at
+from shards.units import published_units
+from shards.writer import build_shard, write_shard
+from tests.shards.object_store import CREDENTIALS, ObjectStore, serving
+
+UNITS = ("dev-00000", "train-00000", "train-00001")
+TEACHER = {"tokenizer.json": b"{}", "head_pca.safetensors": bytes(range(200))}
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    with pytest.MonkeyPatch.context() as environment, serving() as store:
+        for name, value in CREDENTIALS.items():
+            environment.setenv(name, value)
+        yield store
+
+
+@pytest.fixture
+def url(store: ObjectStore) -> str:
+    store.refuse()
+    return store.new_url()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ObjectCache:
+    return ObjectCache(tmp_path / "cache", limit=1 << 20)
+
+
+def fill(location: Location, contract: Contract, records: list[Record]) -> Manifest:
+    """All of stage one that concerns files."""
+    begin(location, contract)
+    infos = [
+        write_shard(location, unit, unit.split("-")[0], contract, [record])
+        for unit, record in zip(UNITS, records, strict=True)
+    ]
+    folder = publish_teacher_files(location, TEACHER)
+    return seal(location, contract, infos, teacher_folder=folder)
+
+
+def open_at(url: str, cache: ObjectCache) -> RemoteStorage:
+    storage = storage_at(url, cache=cache)
+    assert isinstance(storage, RemoteStorage)
+    return storage
+
+
+def test_a_set_in_a_store_reads_as_the_same_set_in_a_folder(
+    tmp_path: Path,
+    url: str,
+    cache: ObjectCache,
+    contract: Contract,
+    records: list[Record],
+    same: Callable[[Record, Record], None],
+) -> None:
+    fill(tmp_path / "here", contract, records)
+    made = fill(url, contract, records)
+    here, there = ShardSet(tmp_path / "here"), ShardSet(url, cache=cache)
+    assert there.manifest == made
+    assert there.contract == here.contract
+    assert there.splits == here.splits == ("dev", "train")
+    for name in there.splits:
+        ours, theirs = here.split(name), there.split(name)
+        assert theirs.sample_ids.tolist() == ours.sample_ids.tolist()
+        assert theirs.column("entries").tolist() == ours.column("entries").tolist()
+        for left, right in zip(ours, theirs, strict=True):
+            same(left, right)
+    assert {path.name: path.read_bytes() for path in there.teacher_folder.iterdir()} == TEACHER
+    there.verify()
+
+
+def test_objects_are_named_by_their_content_and_the_manifest_is_the_commit(
+    store: ObjectStore, url: str, contract: Contract, records: list[Record]
+) -> None:
+    begin(url, contract)
+    infos = [write_shard(url, unit, "train", contract, [record]) for unit, record in zip(UNITS, records, strict=True)]
+    assert not is_sealed(url)
+    with pytest.raises(Incomplete, match=r"s3://.*manifest.json") as caught:
+        read_manifest(url)
+    assert "goes on" in caught.value.hint
+
+    manifest = seal(url, contract, infos, teacher_folder=publish_teacher_files(url, TEACHER))
+    assert is_sealed(url)
+    for unit, record, info in zip(UNITS, records, manifest.shards, strict=True):
+        assert info.name == f"{unit}-{info.sha256}.arrow"
+        assert store.files(url)[info.name] == build_shard(unit, "train", contract, [record])
+    assert seal(url, contract, infos, teacher_folder=manifest.teacher_folder) == manifest, "sealing can be repeated"
+    with pytest.raises(ContractMismatch, match="other contents"):
+        seal(url, contract, infos[:2], teacher_folder=manifest.teacher_folder)
+
+
+def test_opening_a_split_fetches_no_shard(
+    store: ObjectStore, url: str, cache: ObjectCache, contract: Contract, records: list[Record]
+) -> None:
+    fill(url, contract, records)
+    store.refuse()
+    shards = ShardSet(url, cache=cache)
+    assert shards.split("train").response_lengths.tolist() == [len(record.response_ids_R) for record in records[1:]]
+    assert not [asked for asked in store.requests() if asked.endswith(".arrow") and "columns" not in asked]
+    assert shards.split("dev")[0].sample_id == records[0].sample_id
+    assert [asked for asked in store.requests() if "dev-00000" in asked]
+
+
+def test_W3_the_first_published_shard_of_a_unit_counts_for_every_writer(
+    store: ObjectStore, url: str, contract: Contract, records: list[Record]
+) -> None:
+    storage = storage_at(url)
+    begin(storage, contract)
+    first = write_shard(storage, "train-00000", "train", contract, records[:1])
+    assert write_shard(storage, "train-00000", "train", contract, records[1:]) == first
+    assert published_units(storage) == {"train-00000": first.name}
+    assert [name for name in store.files(url) if name.endswith(".arrow")] == [first.name]
+
+
+def test_W3_writers_at_once_agree_on_one_set(
+    store: ObjectStore, url: str, cache: ObjectCache, contract: Contract, make_record: Callable[..., Record]
+) -> None:
+    """Each with signals of its own, as from engines that differ in the last bit: the set is one writer's or another's,
+    unit by unit, and whole."""
+    units, sealed_as, start = [f"train-{unit:05d}" for unit in range(4)], [], threading.Barrier(3)
+
+    def write(writer: int) -> None:
+        storage = storage_at(url)
+        start.wait()
+        begin(storage, contract)
+        infos = []
+        for number, unit in enumerate(units[writer:] + units[:writer]):
+            record = dataclasses.replace(make_record(contract, 100 * writer + number), sample_id=unit)
+            infos.append(write_shard(storage, unit, "train", contract, [record]))
+        folder = publish_teacher_files(storage, {"head.bin": bytes([writer])})
+        try:
+            sealed_as.append(seal(storage, contract, infos, teacher_folder=folder))
+        except ContractMismatch:  # another one was quicker to seal, with its own choice
+            sealed_as.append(read_manifest(storage))
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    shards = ShardSet(url, cache=cache)
+    shards.verify()
+    assert shards.manifest in sealed_as
+    assert sorted(shards.split("train").sample_ids.tolist()) == units
+
+
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.long)])
+def test_W5_a_refusal_of_any_request_is_explained_and_resumable(
+    store: ObjectStore, url: str, cache: ObjectCache, contract: Contract, records: list[Record], every: int
+) -> None:
+    fill(url, contract, records)
+    requests, expected, silent = len(store.requests()), store.files(url), []
+    for number in range(0, requests, every):
+        place = store.new_url()
+        store.refuse(number)
+        try:
+            fill(place, contract, records)
+            silent.append(number)
+        except StorageFailed as error:
+            hint = error.hint
+            assert "run the same command again" in hint
+        store.refuse()
+        if not is_sealed(place):
+            with pytest.raises(Incomplete):
+                ShardSet(place, cache=cache)
+        fill(place, contract, records)
+        assert store.files(place) == expected
+    assert silent == []
+
+
+def test_W6_resuming_under_another_contract_is_refused_in_a_store_too(
+    url: str, contract: Contract, records: list[Record]
+) -> None:
+    begin(url, contract)
+    with pytest.raises(ContractMismatch, match=r"engine is 'synthetic 1' there, 'another' here"):
+        begin(url, dataclasses.replace(contract, engine="another"))
+
+
+def test_R1_a_damaged_object_is_found_and_named(
+    store: ObjectStore, url: str, cache: ObjectCache, contract: Contract, records: list[Record]
+) -> None:
+    manifest = fill(url, contract, records)
+    damaged = manifest.shards[1].name
+    content = bytearray(store.files(url)[damaged])
+    content[len(content) // 2] ^= 1
+    store.overwrite(url, damaged, bytes(content))
+    shards = ShardSet(url, cache=cache)
+    assert shards.split("dev")[0].sample_id == records[0].sample_id
+    with pytest.raises(Corrupt, match=damaged):
+        shards.split("train")[0]
+    assert not list(cache.folder.glob("*.tmp")), "what arrived damaged is not kept"
+
+
+def test_a_store_that_cannot_be_reached_is_named(url: str, contract: Contract) -> None:
+    with pytest.raises(StorageFailed, match="no-such-bucket") as caught:
+        begin(url.replace("bucket-", "no-such-bucket-"), contract)
+    assert "credentials" in caught.value.hint
+
+
+def test_another_kind_of_url_is_refused(contract: Contract) -> None:
+    with pytest.raises(ValueError, match="s3:// or gs://"):
+        begin("ftp://somewhere/shards", contract)
+
+
+def test_a_forged_unit_document_is_refused(
+    store: ObjectStore, url: str, contract: Contract, records: list[Record]
+) -> None:
+    begin(url, contract)
+    info = write_shard(url, "train-00000", "train", contract, records[:1])
+    name = f"units/train-00000-{info.sha256}.json"
+    document = json.loads(store.files(url)[name])
+    document["shard"]["positions"] += 1
+    store.overwrite(url, name, json.dumps(document, sort_keys=True, indent=1).encode() + b"\n")
+    with pytest.raises(Corrupt, match="seal"):
+        write_shard(url, "train-00000", "train", contract, records[:1])
