@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.record import AttentionSummary, Float32, Record
-from stages.distill.losses.attention import TeacherAttention
-from stages.distill.losses.rows import TeacherRows
+from shards.record import AttentionSummary, Float32, Int32, Record
+from stages.distill.losses.attention import EncoderAttention, TeacherAttention
+from stages.distill.losses.rows import TeacherRows, log_difference
 
 Plan = TypeVar("Plan")
 Made = TypeVar("Made")
@@ -40,6 +40,9 @@ class Batch:
     """int64, index into the flattened [B * T] decoder rows."""
     teacher: TeacherRows
     attention: TeacherAttention | None
+    """Of the N rows; None unless every record has a summary."""
+    encoder_attention: EncoderAttention | None
+    """Of rows of the prompts; None where the records have none."""
 
     @property
     def positions(self) -> int:
@@ -72,21 +75,52 @@ def assemble(records: Sequence[Record], start_token_id: int) -> Batch:
         decoder_ids_BT=decoder_ids,
         decoder_mask_BT=decoder_mask,
         rows_N=torch.cat([torch.arange(span.start, span.stop) + b * width for b, span in enumerate(spans)]),
-        teacher=TeacherRows(
-            ids_NK=_stack([record.ids_NK for record in records]).long(),
-            log_kept_NK=_stack([_logprobs(record) for record in records]),
-            log_rest_N=_stack([record.log_tail_N for record in records]),
-            labels_N=_stack(
-                [response[span.start : span.stop] for response, span in zip(responses, spans, strict=True)]
-            ).long(),
+        teacher=_teacher(
+            records, [response[span.start : span.stop] for response, span in zip(responses, spans, strict=True)]
         ),
-        attention=_attention([record.attention for record in records]),
+        attention=_attention(records),
+        encoder_attention=_encoder_attention(records, prompt_ids.shape[1]),
     )
 
 
+def _teacher(records: Sequence[Record], labels: Sequence[Int32]) -> TeacherRows:
+    widest = max(record.ids_NK.shape[1] for record in records)
+    ids_NK = _stack([_widened(record.ids_NK, widest, -1) for record in records]).long()
+    draws_NK = _stack([_widened(_draws(record), widest, 0) for record in records])
+    log_kept_NK = _stack([_widened(_logprobs(record), widest, -np.inf) for record in records])
+    log_tail_N = _stack([record.log_tail_N for record in records])
+    present_NK, drawn_NK = ids_NK >= 0, draws_NK > 0
+    drawn_mass_N = log_kept_NK.masked_fill(~drawn_NK, -torch.inf).logsumexp(1)
+    log_part_NK = draws_NK.log() - draws_NK.sum(1, keepdim=True).log()
+    curves = [record.curve_NJ for record in records if record.curve_NJ is not None]
+    return TeacherRows(
+        ids_NK=torch.where(present_NK, ids_NK, ids_NK[:, :1]),
+        present_NK=present_NK,
+        exact_NK=present_NK & ~drawn_NK,
+        log_kept_NK=log_kept_NK,
+        log_share_NK=torch.where(drawn_NK, log_part_NK + log_tail_N[:, None], log_kept_NK),
+        log_rest_N=log_difference(log_tail_N, drawn_mass_N),
+        log_tail_N=log_tail_N,
+        entropy_N=_stack([record.entropy_N for record in records]),
+        curve_NJ=_stack(curves) if len(curves) == len(records) else None,
+        labels_N=_stack(labels).long(),
+    )
+
+
+def _widened(rows_NK: NDArray[Any], width: int, filler: float) -> NDArray[Any]:
+    missing = width - rows_NK.shape[1]
+    return np.pad(rows_NK, ((0, 0), (0, missing)), constant_values=filler) if missing else rows_NK
+
+
+def _draws(record: Record) -> Float32:
+    none = np.zeros(record.ids_NK.shape, np.float32)
+    return none if record.draws_NK is None else record.draws_NK.astype(np.float32)
+
+
 def _logprobs(record: Record) -> Float32:
-    assert record.logprobs_NK is not None, "the one selection that is written keeps log-probabilities"
-    return record.logprobs_NK
+    if record.logprobs_NK is not None:
+        return record.logprobs_NK
+    return np.where(record.ids_NK >= 0, np.nan, -np.inf).astype(np.float32)
 
 
 def _pad(rows: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:
@@ -101,14 +135,40 @@ def _stack(rows: Sequence[NDArray[Any]], axis: int = 0) -> Tensor:
     return torch.from_numpy(np.concatenate(rows, axis))
 
 
-def _attention(summaries: Sequence[AttentionSummary | None]) -> TeacherAttention | None:
-    present = [summary for summary in summaries if summary is not None]
-    if len(present) < len(summaries):
+def _attention(records: Sequence[Record]) -> TeacherAttention | None:
+    """Of the rows that predict the response: the last ones of every summary."""
+    summaries = [record.attention for record in records if record.attention is not None]
+    if len(summaries) < len(records):
         return None
+    return _look(summaries, [slice(-record.positions, None) for record in records])
+
+
+def _encoder_attention(records: Sequence[Record], width: int) -> EncoderAttention | None:
+    """Of the prompt's rows, which stand before those; None where no record has them."""
+    summaries, rows, queries, weights = [], [], [], []
+    for b, record in enumerate(records):
+        count = 0 if record.attention is None else record.attention.prompt_LN.shape[1] - record.positions
+        if record.attention is not None and count:
+            summaries.append(record.attention)
+            queries.append(torch.arange(1, count + 1))
+            rows.append(queries[-1] + b * width)
+            weights.append(torch.full((count,), record.positions / count))
+    if not summaries:
+        return None
+    return EncoderAttention(
+        teacher=_look(summaries, [slice(0, len(query)) for query in queries]),
+        rows_N=torch.cat(rows),
+        queries_N=torch.cat(queries),
+        weights_N=torch.cat(weights),
+    )
+
+
+def _look(summaries: Sequence[AttentionSummary], rows: Sequence[slice]) -> TeacherAttention:
+    chosen = list(zip(summaries, rows, strict=True))
     return TeacherAttention(
-        positions_LNM=_stack([summary.positions_LNM for summary in present], 1).long(),
-        weights_LNM=_stack([summary.weights_LNM for summary in present], 1),
-        prompt_LN=_stack([summary.prompt_LN for summary in present], 1),
+        positions_LNM=_stack([summary.positions_LNM[:, part] for summary, part in chosen], 1).long(),
+        weights_LNM=_stack([summary.weights_LNM[:, part] for summary, part in chosen], 1),
+        prompt_LN=_stack([summary.prompt_LN[:, part] for summary, part in chosen], 1),
     )
 
 

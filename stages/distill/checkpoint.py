@@ -50,6 +50,8 @@ class Milestone:
     """Measured at this very step, or not at all."""
     untrained: Mapping[str, Any] | None = None
     """The validation report of the student before its first step."""
+    difficulty: Mapping[str, float] | None = None
+    """Fields of the `Difficulty` of the step before, where temperatures depend on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

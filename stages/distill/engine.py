@@ -76,8 +76,8 @@ class Engine:
         """Under fp16 a gradient that is not finite is part of the method: the step is skipped, the scale lowered."""
         return self._fp16
 
-    def forward(self, batch: Batch, **factors: float) -> LossTerms:
-        terms: LossTerms = self._engine(batch.to(self._world.device), **factors)
+    def forward(self, batch: Batch, **how: Any) -> LossTerms:
+        terms: LossTerms = self._engine(batch.to(self._world.device), **how)
         return terms
 
     def backward(self, objective: Tensor) -> None:

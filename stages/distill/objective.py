@@ -1,39 +1,83 @@
 """What stage two minimises: the one place that combines the terms.
 
-    L = kd_weight * KD + ce_weight * CE + attention_weight * f(step) * attention
+    L = kd_weight * KD + ce_weight * CE + attention_weight * attention + encoder_weight * encoder attention
 
-each a mean over the predicted positions of the GLOBAL batch, so that no term depends on ranks or micro-batches.
+each a mean over the predicted positions of the GLOBAL batch, so that no term depends on ranks or micro-batches. What
+changes from step to step, weights and temperature, is an `Emphasis`: a function of the step and, where temperatures
+follow difficulty, of the batch before.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from shards.contract import Contract
 from stages.distill.batches import Batch
-from stages.distill.losses.attention import TeacherAttention, attention_kl, student_layers
+from stages.distill.losses.attention import TeacherAttention, attention_kl, encoder_attention_kl, student_layers
 from stages.distill.losses.cross_entropy import cross_entropy
-from stages.distill.losses.distillation import tail_bucket_kl, topk_kl_renormalised
-from stages.distill.losses.fused import fused_rows
-from stages.distill.losses.rows import RowLoss
+from stages.distill.losses.fused import RowObjective, fused_rows
+from stages.distill.losses.hard_negatives import hard_mass, hard_share
+from stages.distill.losses.partition import tempered_teacher
+from stages.distill.losses.rows import Rows, StudentRows, TeacherRows, plain
+from stages.distill.losses.table import LOSSES, require_supported, yardstick
+from stages.distill.schedules import attention_factor, weight_factor
 from stages.distill.settings import ObjectiveSettings
+from stages.distill.temperature import SCORES, Difficulty, base_temperature, count_scores, row_temperatures
 
 if TYPE_CHECKING:
     from stages.student.model import MiniCodformerForConditionalGeneration
 
-LOSSES: dict[str, RowLoss] = {
-    "tail_bucket_kl": tail_bucket_kl,
-    "topk_kl_renormalised": topk_kl_renormalised,
-    "ce": cross_entropy,
-}
-"""What `objective.kd` can name."""
-
-SUMS = ("kd", "ce", "kl", "attention", "top1", "positions")
-"""What `LossTerms.sums` holds, each summed over positions; `kl` is tail_bucket_kl, whatever `kd` is."""
+SUMS = (
+    *("kd", "ce", "kl", "kept", "temperature", "hard_share", "hard_mass"),
+    *("top1", "attention", "encoder", "positions"),
+)
+"""What `LossTerms.sums` holds, each summed over positions; docs/objective.md says what each is."""
 EVALUATION_SUMS = (*SUMS, "top5")
 """What it holds where gradients are switched off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emphasis:
+    """The objective of one step."""
+
+    kd: float
+    """Weights of the terms."""
+    ce: float
+    attention: float
+    encoder: float
+    temperature: float
+    """The base: of every position, or before the position's own difficulty moves it."""
+    difficulty: Difficulty | None
+    """Of the batch before; None at the first step, and where no temperature asks for it."""
+
+    @classmethod
+    def at(cls, settings: ObjectiveSettings, step: int, total: int, difficulty: Difficulty | None = None) -> Emphasis:
+        """At 0-based `step` of `total`."""
+
+        def factor(final: float) -> float:
+            return weight_factor(step, total, final=final, shape=settings.weight_shape)
+
+        fade = attention_factor(step, total)
+        return cls(
+            kd=settings.kd_weight * factor(settings.kd_final),
+            ce=settings.ce_weight * factor(settings.ce_final),
+            attention=settings.attention_weight * fade,
+            encoder=settings.encoder_weight * fade,
+            temperature=base_temperature(settings, step, total),
+            difficulty=difficulty,
+        )
+
+    def loss(self, means: Mapping[str, float]) -> float:
+        """The objective's value, from the means of its terms."""
+        weights = {"kd": self.kd, "ce": self.ce, "attention": self.attention, "encoder": self.encoder}
+        return sum(weight * means[name] for name, weight in weights.items())
 
 
 class LossTerms(NamedTuple):
@@ -41,32 +85,41 @@ class LossTerms(NamedTuple):
     """Weighted sum over this batch's positions, times the scale that was asked for."""
     sums: Tensor
     """The numbers that SUMS names, or EVALUATION_SUMS; fp64, without gradients."""
+    score_counts: Tensor
+    """fp64, the histogram of `stages.distill.temperature`; empty where no temperature depends on difficulty."""
 
 
 class DistillModule(nn.Module):
     """Student and loss in one forward: the tied embedding is whole there, whatever partitions the parameters.
 
-    Raises ValueError for a loss that LOSSES does not have.
+    Raises ValueError for an objective that the shards of this contract cannot support.
     """
 
-    def __init__(self, student: MiniCodformerForConditionalGeneration, settings: ObjectiveSettings) -> None:
+    def __init__(
+        self, student: MiniCodformerForConditionalGeneration, settings: ObjectiveSettings, contract: Contract
+    ) -> None:
         super().__init__()
-        if settings.kd not in LOSSES:
-            raise ValueError(f"objective.kd is {settings.kd!r}; there are {', '.join(LOSSES)}")
+        require_supported(settings, contract)
         self.student = student
-        self._kd = LOSSES[settings.kd]
-        self._settings = settings
+        self._settings, self._contract = settings, contract
+        self._loss = LOSSES[settings.kd]
+        self._score = SCORES.get(settings.temperature_mode) if settings.kd_weight else None
 
-    def forward(self, batch: Batch, *, scale: float = 1.0, attention_factor: float = 0.0) -> LossTerms:
-        """`scale` is 1 / positions of the global batch, times what the engine divides gradients by."""
-        attention_weight = self._settings.attention_weight * attention_factor
-        matched = batch.attention if attention_weight > 0 else None
+    def forward(self, batch: Batch, *, scale: float = 1.0, emphasis: Emphasis | None = None) -> LossTerms:
+        """`scale` is 1 / positions of the global batch, times what the engine divides gradients by.
+
+        Without an emphasis: as at the first step, but for attention, which is not looked at.
+        """
+        if emphasis is None:
+            emphasis = dataclasses.replace(Emphasis.at(self._settings, 0, 1), attention=0.0, encoder=0.0)
+        attention = batch.attention if emphasis.attention else None
+        encoder_attention = batch.encoder_attention if emphasis.encoder else None
         hidden = self.student.hidden(
             batch.prompt_ids_BP,
             batch.prompt_mask_BP,
             batch.decoder_ids_BT,
             batch.decoder_mask_BT,
-            need_attention=matched is not None,
+            need_attention=attention is not None or encoder_attention is not None,
         )
         weight_VD = self.student.output_weight()
         assert weight_VD.shape[0] == self.student.config.vocab_size, "the tied embedding is partitioned"
@@ -74,19 +127,106 @@ class DistillModule(nn.Module):
             self.student.output_hidden(hidden.decoder_BTD.flatten(0, 1)[batch.rows_N]),
             weight_VD,
             batch.teacher,
-            ((self._kd, self._settings.kd_weight), (cross_entropy, self._settings.ce_weight), (tail_bucket_kl, 0.0)),
+            self._row_objective(emphasis),
         )
-        objective, attention = fused.objective, fused.objective.new_zeros(())
-        if matched is not None:
+        zero = fused.objective.new_zeros(())
+        crossed = encoded = zero
+        if attention is not None:
             assert hidden.cross_attention is not None
-            attention = _match(hidden.cross_attention, batch.rows_N, matched)
-            objective = objective + attention_weight * attention
-        found = (*fused.loss_sums, attention, fused.top1_N.sum(), torch.tensor(batch.positions))
-        top5 = [] if fused.top5_N is None else [fused.top5_N.sum()]
-        sums = torch.stack([tensor.detach().double().to(weight_VD.device) for tensor in (*found, *top5)])
-        return LossTerms(objective * scale, sums)
+            crossed = attention_kl(_taught(hidden.cross_attention, batch.rows_N, attention), attention)
+        if encoder_attention is not None:
+            assert hidden.encoder_attention is not None
+            taught = _taught(hidden.encoder_attention, encoder_attention.rows_N, encoder_attention.teacher)
+            encoded = encoder_attention_kl(taught, encoder_attention)
+        objective = fused.objective + emphasis.attention * crossed + emphasis.encoder * encoded
+        *row_sums, score_counts = fused.sums if self._score else (*fused.sums, zero.new_zeros(0))
+        found = [*row_sums, fused.top1_N.sum(), crossed, encoded, torch.tensor(batch.positions)]
+        found += [] if fused.top5_N is None else [fused.top5_N.sum()]
+        sums = torch.stack([tensor.detach().double().to(weight_VD.device) for tensor in found])
+        return LossTerms(objective * scale, sums, score_counts.double())
+
+    def _row_objective(self, emphasis: Emphasis) -> RowObjective:
+        """Terms in the order of SUMS, then the histogram of scores."""
+        settings, negatives = self._settings, self._loss.hard_negatives
+        kd = self._loss.build(settings) if settings.kd_weight else yardstick(self._contract)
+        kept = _kept if self._contract.selection.logprobs else _nothing
+        shares = (hard_share, hard_mass) if negatives else (_nothing, _nothing)
+        measured = [yardstick(self._contract), kept, _temperature, *shares, *([self._count] if self._score else [])]
+        tempers = bool(settings.kd_weight) and (self._score is not None or emphasis.temperature > 1)
+        return RowObjective(
+            terms=(
+                (kd, emphasis.kd),
+                (plain(cross_entropy), emphasis.ce),
+                *((measure, 0.0) for measure in measured),
+            ),
+            temperature=partial(self._temperatures, emphasis=emphasis) if tempers else None,
+            temper=self._temper if tempers and self._loss.curve else None,
+            hard_negatives=settings.hard_negatives if negatives else 0,
+        )
+
+    def _temperatures(self, student: StudentRows, teacher: TeacherRows, *, emphasis: Emphasis) -> Tensor:
+        if self._score is None:
+            return torch.full_like(student.log_rest_N, emphasis.temperature)
+        return row_temperatures(
+            self._score(student, teacher, self._contract.vocab_size),
+            emphasis.temperature,
+            emphasis.difficulty,
+            contrast=self._settings.temperature_contrast,
+            cap=self._settings.temperature_cap,
+        )
+
+    def _temper(self, teacher: TeacherRows, temperature_N: Tensor) -> TeacherRows:
+        return tempered_teacher(teacher, temperature_N, self._contract.curve, self._contract.vocab_size)
+
+    def _count(self, rows: Rows) -> Tensor:
+        assert self._score is not None
+        return count_scores(self._score(rows.student, rows.teacher, self._contract.vocab_size))
 
 
-def _match(cross_attention: tuple[Tensor, ...], rows_N: Tensor, teacher: TeacherAttention) -> Tensor:
-    taught = student_layers(teacher.positions_LNM.shape[0], len(cross_attention))
-    return attention_kl([cross_attention[layer].flatten(0, 1)[rows_N] for layer in taught], teacher)
+def left_out(settings: ObjectiveSettings, contract: Contract) -> Iterator[str]:
+    """Terms that weigh nothing because the shards lack what they need, one sentence each."""
+    weights = {"attention": settings.attention_weight, "encoder": settings.encoder_weight}
+    if contract.attention is None:
+        if any(weights.values()):
+            yield "the shards carry no attention: that term is left out"
+    elif contract.attention.rows != "all" and weights["encoder"]:
+        yield "the shards carry no attention of the prompt's own rows: the encoder's attention is not taught"
+
+
+def told_names(settings: ObjectiveSettings, contract: Contract) -> list[str]:
+    """Those of SUMS that say something in a run, in their order."""
+    silent = {"positions"}
+    if not contract.selection.logprobs:
+        silent |= {"kept"}
+    if not (settings.tempers and settings.kd_weight):
+        silent |= {"temperature"}
+    if not LOSSES[settings.kd].hard_negatives:
+        silent |= {"hard_share", "hard_mass"}
+    if contract.attention is None or contract.attention.rows != "all" or not settings.encoder_weight:
+        silent |= {"encoder"}
+    return [name for name in SUMS if name not in silent]
+
+
+def needs_attention(settings: ObjectiveSettings, contract: Contract) -> bool:
+    """Whether the student must give its attention weights in some step."""
+    if contract.attention is None:
+        return False
+    return settings.attention_weight > 0 or (settings.encoder_weight > 0 and contract.attention.rows == "all")
+
+
+def _taught(layers: tuple[Tensor, ...], rows_N: Tensor, teacher: TeacherAttention) -> list[Tensor]:
+    """For each of the teacher's layers, the rows of the student's layer that it teaches."""
+    return [layers[layer].flatten(0, 1)[rows_N] for layer in student_layers(len(teacher.prompt_LN), len(layers))]
+
+
+def _kept(rows: Rows) -> Tensor:
+    """The teacher's mass on the kept ids, at the temperature of the loss."""
+    return rows.tempered_teacher.log_kept_NK.exp().sum(1)
+
+
+def _temperature(rows: Rows) -> Tensor:
+    return rows.temperature_N
+
+
+def _nothing(rows: Rows) -> Tensor:
+    return torch.zeros_like(rows.temperature_N)

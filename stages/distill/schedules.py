@@ -20,3 +20,11 @@ def learning_rate_factor(step: int, total: int, *, warmup: float, final: float) 
 def attention_factor(step: int, total: int) -> float:
     """Share of the attention term's weight: 1 at the start, linearly down to 0 at half of the run."""
     return max(0.0, 1 - 2 * step / total)
+
+
+def weight_factor(step: int, total: int, *, final: float, shape: str) -> float:
+    """Share of a term's weight: 1 at the first step, `final` at the last, along a "linear" or "cosine" path."""
+    progress = step / max(1, total - 1)
+    if shape == "cosine":
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
+    return 1 + (final - 1) * progress

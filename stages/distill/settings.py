@@ -9,21 +9,60 @@ Auto = Literal["auto"]
 AUTO: Auto = "auto"
 
 
+TEMPERATURE_MODES = ("fixed", "schedule", "entropy", "adaptive")
+WEIGHT_SHAPES = ("linear", "cosine")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveSettings:
     kd: str = "tail_bucket_kl"
-    """Which distillation loss; the table of them is `stages.distill.objective.LOSSES`."""
+    """Which distillation loss; the table of them is `stages.distill.losses.table.LOSSES`."""
     kd_weight: float = 1.0
     ce_weight: float = 0.1
     attention_weight: float = 0.1
-    """Falls linearly to 0 at half of the run."""
+    """Of the decoder's cross-attention. Falls linearly to 0 at half of the run, and the encoder's with it."""
+    encoder_weight: float = 0.05
+    """Of the encoder's own attention; only sets that hold attention of the prompt's rows have what it needs."""
+    kd_final: float = 1.0
+    """Share of `kd_weight` that is left at the last step."""
+    ce_final: float = 1.0
+    weight_shape: str = "linear"
+    """How both weights get there: "linear" or "cosine"."""
+    beta: float = 0.5
+    """Of `jensen_shannon`: the teacher's share of the mixture."""
+    hard_negatives: int = 32
+    """Of `water_filled_kl`: how many of the student's best ids may be hard negatives."""
+    temperature_mode: str = "fixed"
+    """"fixed", "schedule" (a cosine from `temperature` to 1), or, on top of that schedule, a temperature for each
+    position by the teacher's "entropy" or by how far the student is off ("adaptive")."""
+    temperature: float = 1.0
+    temperature_contrast: float = 0.3
+    """How far a position's difficulty moves its temperature: by a factor e^-contrast to e^contrast."""
+    temperature_cap: float = 1.5
+    """Above it a cached head says little: k = 64 kept less than half of the tempered KL at T = 2."""
 
     def __post_init__(self) -> None:
-        for name in ("kd_weight", "ce_weight", "attention_weight"):
+        for name in ("kd_weight", "ce_weight", "attention_weight", "encoder_weight", "kd_final", "ce_final"):
             if getattr(self, name) < 0:
                 raise ValueError(f"objective.{name} must not be negative")
         if self.kd_weight == self.ce_weight == 0:
             raise ValueError("objective.kd_weight and objective.ce_weight are both 0: nothing to learn")
+        for name, known in (("temperature_mode", TEMPERATURE_MODES), ("weight_shape", WEIGHT_SHAPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"objective.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if not 0 < self.beta < 1:
+            raise ValueError("objective.beta must lie between 0 and 1")
+        if self.hard_negatives < 1:
+            raise ValueError("objective.hard_negatives must be at least 1")
+        if not 1 <= self.temperature <= self.temperature_cap:
+            raise ValueError("objective.temperature must lie between 1 and objective.temperature_cap")
+        if self.temperature_contrast < 0:
+            raise ValueError("objective.temperature_contrast must not be negative")
+
+    @property
+    def tempers(self) -> bool:
+        """Whether any position is ever compared at a temperature other than 1."""
+        return self.temperature > 1 or self.temperature_mode in ("entropy", "adaptive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

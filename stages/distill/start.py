@@ -13,7 +13,7 @@ from stages.distill.checkpoint import CheckpointFolder, Milestone
 from stages.distill.engine import Engine
 from stages.distill.losses.fused import BLOCK_ROWS
 from stages.distill.memory import free_device_bytes, free_host_bytes
-from stages.distill.objective import DistillModule
+from stages.distill.objective import DistillModule, needs_attention
 from stages.distill.order import TrainingOrder, record_lengths
 from stages.distill.placement import Placement, Room, Workload, choose, workload
 from stages.distill.precision import DTYPES
@@ -64,8 +64,8 @@ def begin(
             bucket_batches=settings.bucket_batches,
         )
         student = fresh_student(shards, settings, shape)
-        module = DistillModule(student, objective)
-        need_attention = objective.attention_weight > 0 and shards.contract.attention is not None
+        module = DistillModule(student, objective, shards.contract)
+        need_attention = needs_attention(objective, shards.contract)
         work = _workload(student, order, precision, world, need_attention=need_attention)
         placement, reason = choose(settings, precision, work, _room(world))
     except ValueError as error:

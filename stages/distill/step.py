@@ -15,8 +15,9 @@ from torch import Tensor
 
 from stages.distill.batches import Batch, Prefetcher
 from stages.distill.engine import Engine
-from stages.distill.objective import SUMS
+from stages.distill.objective import SUMS, Emphasis
 from stages.distill.order import Indices
+from stages.distill.temperature import Difficulty
 from stages.distill.world import World
 from stages.errors import StageError
 
@@ -29,7 +30,7 @@ class StepPlan:
     """Record numbers, [accumulation, ranks, micro-batch]."""
     positions: int
     """Predicted positions of the whole global batch."""
-    attention_factor: float
+    emphasis: Emphasis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,8 @@ class StepReport:
 
     means: dict[str, float]
     """Each term of SUMS, as a mean over the positions of the global batch."""
+    difficulty: Difficulty | None
+    """Of the global batch, where temperatures depend on it."""
     positions: int
     grad_norm: float
     """Before clipping."""
@@ -64,17 +67,20 @@ def take_step(
     """
     start, waited = time.perf_counter(), batches.waited
     sums = torch.zeros(*plan.micro_batches.shape[:2], len(SUMS), dtype=torch.float64)
+    score_counts = torch.zeros(1, dtype=torch.float64)  # broadcast: its length is the module's to know
     # The engine takes a mean over ranks and micro-batches, whatever each of them holds: undo it.
     scale = sums.shape[0] * sums.shape[1] / plan.positions
     for turn in range(sums.shape[0]):
         if turn:
             engine.step()  # between micro-batches it counts, and no more
-        terms = engine.forward(next(batches), scale=scale, attention_factor=plan.attention_factor)
+        terms = engine.forward(next(batches), scale=scale, emphasis=plan.emphasis)
         engine.backward(terms.objective)
         sums[turn, world.rank] = terms.sums.to(sums.device)
+        score_counts = score_counts + terms.score_counts.to(sums.device)
     asides = torch.tensor([batches.waited - waited, float(stop())], dtype=torch.float64)
-    together = world.total(torch.cat([sums.flatten(), asides]))
-    sums = together[:-2].view_as(sums)
+    together = world.total(torch.cat([sums.flatten(), score_counts, asides]))
+    sums_flat, score_counts, asides = together.split([sums.numel(), score_counts.numel(), asides.numel()])
+    sums = sums_flat.view_as(sums)
     _require_finite(sums, plan, sample_ids)
     grad_norm = engine.step()
     if not (engine.may_overflow or torch.tensor(grad_norm).isfinite()):
@@ -82,11 +88,12 @@ def take_step(
     means = (sums.sum((0, 1)) / plan.positions).tolist()
     return StepReport(
         means=dict(zip(SUMS, means, strict=True)),
+        difficulty=Difficulty.of(score_counts),
         positions=plan.positions,
         grad_norm=grad_norm,
-        data_wait=float(together[-2]) / world.size,
+        data_wait=float(asides[0]) / world.size,
         seconds=time.perf_counter() - start,
-        stop=bool(together[-1] > 0),
+        stop=bool(asides[1] > 0),
     )
 
 

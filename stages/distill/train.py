@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,15 @@ from stages.distill.evaluate import EvaluationReport, evaluate
 from stages.distill.export import export_model, exported_facts
 from stages.distill.identity import identity_of
 from stages.distill.interruption import StopRequest
+from stages.distill.objective import Emphasis, left_out, told_names
 from stages.distill.optimizer import set_rates
 from stages.distill.order import Indices
 from stages.distill.precision import resolve_precision
-from stages.distill.schedules import attention_factor, learning_rate_factor
+from stages.distill.schedules import learning_rate_factor
 from stages.distill.settings import DistillSettings, ObjectiveSettings
 from stages.distill.start import STAGE, Training, begin, fresh_student
 from stages.distill.step import StepPlan, StepReport, take_step
+from stages.distill.temperature import Difficulty
 from stages.distill.world import joined_world
 from stages.events import Emit, Metric, Note, Progress, silent
 from stages.student.shape import StudentShape
@@ -78,8 +80,8 @@ def train(
             emit(Note(stage=STAGE, text=f"{final_model} is finished already"))
             return _result(facts["result"])
         emit(Note(stage=STAGE, text=f"ranks: {world.size} on {world.device.type}; {precision}: {reason}"))
-        for warning in _warnings(shard_set, objective):
-            emit(Note(stage=STAGE, text=warning, level="warning"))
+        for note in _notes(shard_set, objective):
+            emit(note)
         training = begin(
             shard_set,
             settings,
@@ -91,7 +93,8 @@ def train(
             emit=emit,
         )
         with closing(training.engine):
-            loop = _Loop(training, settings, objective, checkpoints, stop, emit)
+            told = told_names(objective, shard_set.contract)
+            loop = _Loop(training, settings, objective, told, checkpoints, stop, emit)
             done, report = loop.run()
             result = TrainResult(
                 finished=done.step == training.order.steps,
@@ -118,12 +121,13 @@ class _Loop:
         training: Training,
         settings: DistillSettings,
         objective: ObjectiveSettings,
+        told: Sequence[str],
         checkpoints: CheckpointFolder,
         stop: StopRequest,
         emit: Emit,
     ) -> None:
         self._training = training
-        self._settings, self._objective = settings, objective
+        self._settings, self._objective, self._told = settings, objective, told
         self._checkpoints, self._stop, self._emit = checkpoints, stop, emit
         self._total = training.order.steps
         self._done = training.done
@@ -158,6 +162,7 @@ class _Loop:
             positions=self._done.positions + outcome.positions,
             seconds=self._done.seconds + outcome.seconds,
             validation_kl=None,
+            difficulty=None if outcome.difficulty is None else dataclasses.asdict(outcome.difficulty),
         )
         self._tell(outcome)
         last = step == self._total
@@ -177,8 +182,12 @@ class _Loop:
             step=step,
             micro_batches=micro_batches,
             positions=int(training.train.positions[micro_batches].sum()),
-            attention_factor=attention_factor(step, self._total),
+            emphasis=self._emphasis(step),
         )
+
+    def _emphasis(self, step: int) -> Emphasis:
+        found = self._done.difficulty
+        return Emphasis.at(self._objective, step, self._total, None if found is None else Difficulty(**found))
 
     def _micro_batches(self) -> Iterator[Indices]:
         """What this rank computes, from the first step to the last."""
@@ -195,13 +204,10 @@ class _Loop:
         set_rates(self._training.engine.groups, factor)
 
     def _tell(self, outcome: StepReport) -> None:
-        means, objective = outcome.means, self._objective
-        attention_weight = objective.attention_weight * attention_factor(self._done.step - 1, self._total)
+        means = outcome.means
         values = {
-            "loss": objective.kd_weight * means["kd"]
-            + objective.ce_weight * means["ce"]
-            + attention_weight * means["attention"],
-            **{name: means[name] for name in ("kd", "ce", "kl", "attention", "top1")},
+            "loss": self._emphasis(self._done.step - 1).loss(means),
+            **{name: means[name] for name in self._told},
             "lr": max(group["lr"] for group in self._training.engine.groups),
             "grad_norm": outcome.grad_norm,
             "tokens_per_s": outcome.positions / outcome.seconds,
@@ -248,11 +254,11 @@ def _denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def _warnings(shards: ShardSet, objective: ObjectiveSettings) -> Iterator[str]:
-    if objective.attention_weight > 0 and shards.contract.attention is None:
-        yield "the shards carry no attention: that term is left out"
+def _notes(shards: ShardSet, objective: ObjectiveSettings) -> Iterator[Note]:
+    for text in left_out(objective, shards.contract):
+        yield Note(stage=STAGE, text=text, level="warning" if shards.contract.attention is None else "info")
     if "dev" not in shards.splits:
-        yield "the shards have no dev split: nothing is validated"
+        yield Note(stage=STAGE, text="the shards have no dev split: nothing is validated", level="warning")
 
 
 def _result(facts: dict[str, Any]) -> TrainResult:

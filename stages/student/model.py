@@ -36,6 +36,8 @@ class StudentHidden:
     encoder_BPD: Tensor
     cross_attention: tuple[Tensor, ...] | None
     """Head-mean attention of each decoder layer over all prompt keys, [B, T, P]; None unless asked for."""
+    encoder_attention: tuple[Tensor, ...] | None
+    """The same of each encoder layer, [B, P, P]."""
 
 
 class MiniCodformerPreTrainedModel(PreTrainedModel):
@@ -176,6 +178,7 @@ class MiniCodformerForConditionalGeneration(MiniCodformerPreTrainedModel, Genera
             decoder_BTD=output.last_hidden_state,
             encoder_BPD=output.encoder_last_hidden_state,
             cross_attention=tuple(w.mean(1) for w in output.cross_attentions) if need_attention else None,
+            encoder_attention=tuple(w.mean(1) for w in output.encoder_attentions) if need_attention else None,
         )
 
     def output_hidden(self, decoder_BTD: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from stages.student.shape import StudentShape
 def test_ranks_find_in_sum_what_one_rank_finds(micro_batch: int, world: int, shards: Path, shape: StudentShape) -> None:
     split = ShardSet(shards).split("dev")
     student = build_student(shape, vocab_size=211, start_token_id=0, end_token_id=1, seed=0).double()
-    module = DistillModule(student, ObjectiveSettings())
+    module = DistillModule(student, ObjectiveSettings(), ShardSet(shards).contract)
     found: dict[int, Tensor] = {}
 
     def measure(rank: int, ranks: int, size: int) -> Tensor:

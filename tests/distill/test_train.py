@@ -20,7 +20,8 @@ from shards.reader import ShardSet
 from stages.distill.batches import assemble
 from stages.distill.evaluate import evaluate_model
 from stages.distill.losses.attention import attention_kl
-from stages.distill.objective import LOSSES
+from stages.distill.losses.rows import Rows
+from stages.distill.losses.table import LOSSES
 from stages.distill.order import TrainingOrder, record_lengths
 from stages.distill.precision import cpu_multiplies_fp16
 from stages.distill.settings import DistillSettings, ObjectiveSettings
@@ -246,15 +247,15 @@ def test_T6_a_loss_that_is_not_finite_names_step_and_records_and_overwrites_noth
     calls = 0
     true_loss = LOSSES["tail_bucket_kl"]
 
-    def explode(student: Any, teacher: Any) -> torch.Tensor:
+    def explode(rows: Rows) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        value = true_loss(student, teacher)
+        value = true_loss.build(ObjectiveSettings())(rows)
         return value * torch.nan if calls == 4 else value  # second step, second micro-batch
 
     run = copy_until(undisturbed.run, tmp_path, 6)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setitem(LOSSES, "tail_bucket_kl", explode)
+    monkeypatch.setitem(LOSSES, "tail_bucket_kl", dataclasses.replace(true_loss, build=lambda _: explode))
     with pytest.raises(StageError) as diverged:
         train_here(run)
     monkeypatch.undo()

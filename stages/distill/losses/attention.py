@@ -1,7 +1,8 @@
-"""Attention matching: where the student's decoder looks in the prompt against where the teacher looked.
+"""Attention matching: where the student looks in the prompt against where the teacher looked.
 
 Both sides are means over heads, over the prompt keys 1..P-1. Key 0 is left out on both: the teacher parks attention
 there that it has no use for (its sink), the student need not. The keys that the teacher did not keep form one bucket.
+Rows that predict the response teach the decoder's cross-attention, rows of the prompt the encoder's own attention.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.distill.losses.distillation import kl_terms
+from stages.distill.losses.divergences import kl_terms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +28,22 @@ class TeacherAttention:
     """Weight of all prompt keys 1..P-1."""
 
 
-def student_layers(teacher_layers: int, decoder_layers: int) -> list[int]:
-    """Which decoder layer each summarised teacher layer teaches: the same fraction of depth, the last the last."""
-    return [-(-(index + 1) * decoder_layers // teacher_layers) - 1 for index in range(teacher_layers)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderAttention:
+    """The cached attention of N rows of prompts."""
+
+    teacher: TeacherAttention
+    rows_N: Tensor
+    """int64, index into the flattened [B * P] encoder rows."""
+    queries_N: Tensor
+    """int64, the prompt position t of the row: the teacher, being causal, saw the keys up to t and no more."""
+    weights_N: Tensor
+    """Predicted positions of the row's record over its rows here: a sum of these is the record's positions."""
+
+
+def student_layers(teacher_layers: int, layers: int) -> list[int]:
+    """The student's layer that each summarised teacher layer teaches: at the same share of depth, the last the last."""
+    return [-(-(index + 1) * layers // teacher_layers) - 1 for index in range(teacher_layers)]
 
 
 def attention_kl(student_LNP: Sequence[Tensor], teacher: TeacherAttention) -> Tensor:
@@ -38,8 +52,24 @@ def attention_kl(student_LNP: Sequence[Tensor], teacher: TeacherAttention) -> Te
     `student_LNP` holds for each summarised teacher layer the head-mean attention of the decoder layer it teaches. Rows
     that pay the prompt little heed weigh little, and rows of a one-token prompt nothing.
     """
-    layers = range(len(student_LNP))
-    return torch.stack([_layer(student_LNP[layer].float(), teacher, layer) for layer in layers]).sum(1).mean()
+    return _rows(student_LNP, teacher).sum()
+
+
+def encoder_attention_kl(student_LNP: Sequence[Tensor], prompt: EncoderAttention) -> Tensor:
+    """The same between rows of the prompt and the encoder's attention over the keys up to the row itself.
+
+    It is the mean over each record's rows, times its predicted positions: like every other term, it is then averaged
+    over the positions of the global batch.
+    """
+    keys_P = torch.arange(student_LNP[0].shape[1], device=prompt.queries_N.device)
+    later_NP = keys_P > prompt.queries_N[:, None]
+    causal = [layer_NP.float().masked_fill(later_NP, 0.0) for layer_NP in student_LNP]
+    return (prompt.weights_N * _rows(causal, prompt.teacher)).sum()
+
+
+def _rows(student_LNP: Sequence[Tensor], teacher: TeacherAttention) -> Tensor:
+    """[N], the mean over layers."""
+    return torch.stack([_layer(rows.float(), teacher, layer) for layer, rows in enumerate(student_LNP)]).mean(0)
 
 
 def _layer(student_NP: Tensor, teacher: TeacherAttention, layer: int) -> Tensor:

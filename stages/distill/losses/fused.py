@@ -3,15 +3,17 @@
 For each block of rows, forward forms the logits once and takes from them the losses AND the gradients of hidden rows
 and weight: three matrix products in all, no fourth to recompute logits in backward, which only scales what is there.
 
-Why K + 2 numbers a row are enough: let r = log sum exp of the logits outside the kept ids. A row loss depends on the
-rest only through r, so dL/dz_v = dL/dr * softmax(z outside)_v there, dL/dz_k at a kept id, plus dL/dz_label at the
-label. Differentiating with respect to (z_kept, r, z_label) is left to autograd, on tensors of width K + 2. Nothing is
-taken as 1 - sum(q): no cancellation, however little is left outside.
+Why a few numbers a row are enough: let r = log sum exp of the logits outside the named ids, which are those that the
+teacher kept and, if a loss wants them, the student's M best others. A row loss depends on the logits outside only
+through r, and through r_T = log sum exp (z/T) where it is tempered. So there dL/dz_v = dL/dr * softmax(z)_v +
+dL/dr_T * softmax(z/T)_v / T, and dL/dz at a named id or the label is that with respect to it. Differentiating with
+respect to these few numbers is left to autograd, on narrow tensors. Nothing is taken as 1 - sum(q): no cancellation,
+however little is left outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,17 +21,34 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stages.distill.losses.rows import RowLoss, StudentRows, TeacherRows
+from stages.distill.losses.rows import RowLoss, Rows, StudentRows, TeacherRows
+from stages.wide_topk import select_topk
 
 # Rows whose full-width logits exist at once. More rows spread the cost of accumulating [V, D] over more of them.
 BLOCK_ROWS = {"cpu": 256, "cuda": 1024}
+
+Terms = Sequence[tuple[RowLoss, float]]
+"""Losses and their weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowObjective:
+    """What is computed of every row."""
+
+    terms: Terms
+    temperature: Callable[[StudentRows, TeacherRows], Tensor] | None = None
+    """The temperature of each row, from the row at temperature 1; never differentiated. None: 1."""
+    temper: Callable[[TeacherRows, Tensor], TeacherRows] | None = None
+    """The teacher at it. None: no loss looks at the tempered sides, and no second softmax is computed."""
+    hard_negatives: int = 0
+    """M: how many of the student's best ids outside the kept ones `StudentRows.log_hard_NM` shows."""
 
 
 class FusedRows(NamedTuple):
     objective: Tensor
     """Sum over rows and terms of weight * loss; the one that can be differentiated."""
-    loss_sums: Tensor
-    """The loss of each term, summed over rows."""
+    sums: tuple[Tensor, ...]
+    """Each term summed over rows: a scalar, or [C] of a loss that gives C numbers a row."""
     top1_N: Tensor
     """bool: the teacher's most probable id is the student's too."""
     top5_N: Tensor | None
@@ -37,12 +56,8 @@ class FusedRows(NamedTuple):
     costs half as much as the logits."""
 
 
-Terms = Sequence[tuple[RowLoss, float]]
-"""Losses and their weights."""
-
-
 def fused_rows(
-    hidden_ND: Tensor, weight_VD: Tensor, teacher: TeacherRows, terms: Terms, *, block_rows: int | None = None
+    hidden_ND: Tensor, weight_VD: Tensor, teacher: TeacherRows, what: RowObjective, *, block_rows: int | None = None
 ) -> FusedRows:
     """Losses of N rows whose logits are `hidden_ND @ weight_VD.T`, computed in fp32 or wider.
 
@@ -53,42 +68,41 @@ def fused_rows(
         raise ValueError(f"{teacher.ids_NK.shape[1]} kept ids of a vocabulary of {weight_VD.shape[0]} leave no rest")
     block_rows = block_rows or BLOCK_ROWS[hidden_ND.device.type]
     if torch.is_grad_enabled():
-        objective, loss_sums, top1_N = _FusedRows.apply(hidden_ND, weight_VD, teacher, terms, block_rows)
-        return FusedRows(objective, loss_sums, top1_N, None)
+        objective, top1_N, *sums = _FusedRows.apply(hidden_ND, weight_VD, teacher, what, block_rows)
+        return FusedRows(objective, tuple(sums), top1_N, None)
     sums, top1, top5 = [], [], []
-    for rows, logits_NV in _logits(hidden_ND, weight_VD, block_rows):
+    for rows, logits_NV, spare_NV in _logits(hidden_ND, weight_VD, what, block_rows):
         block_teacher = teacher.rows(rows)
         first_N = logits_NV.gather(1, block_teacher.ids_NK[:, :1]).squeeze(1)
         top5.append(first_N >= logits_NV.topk(5, 1, sorted=False).values.amin(1))
-        buckets = _into_buckets(logits_NV, block_teacher)
-        sums.append(_losses(buckets, block_teacher, terms))
-        top1.append(buckets.top1_N)
-    loss_sums = torch.stack(sums).sum(0)
-    return FusedRows(_weighted(loss_sums, terms), loss_sums, torch.cat(top1), torch.cat(top5))
+        block = _Block(logits_NV, spare_NV, block_teacher, what)
+        sums.append(_sums(block.rows(), what))
+        top1.append(block.top1_N)
+    totals = _added(sums)
+    return FusedRows(_weighted(totals, what), totals, torch.cat(top1), torch.cat(top5))
 
 
 class _FusedRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, teacher: TeacherRows, terms: Terms, block_rows: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, teacher: TeacherRows, what: RowObjective, block_rows: int
+    ) -> tuple[Tensor, ...]:
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=_wide(weight_VD.dtype))
         sums, top1 = [], []
-        for rows, logits_NV in _logits(hidden_ND, weight_VD, block_rows):
-            block_teacher = teacher.rows(rows)
-            buckets = _into_buckets(logits_NV, block_teacher)
-            loss_sums, gradient = _differentiate(buckets, block_teacher, terms)
-            grad_NV = _spread(gradient, buckets, block_teacher).to(hidden_ND.dtype)
+        for rows, logits_NV, spare_NV in _logits(hidden_ND, weight_VD, what, block_rows):
+            block = _Block(logits_NV, spare_NV, teacher.rows(rows), what)
+            block_sums, grad_NV = _differentiate(block, what)
+            grad_NV = grad_NV.to(hidden_ND.dtype)
             torch.mm(grad_NV, weight_VD, out=grad_hidden_ND[rows])
             _add_outer(grad_weight_VD, grad_NV, hidden_ND[rows])
-            sums.append(loss_sums)
-            top1.append(buckets.top1_N)
+            sums.append(block_sums)
+            top1.append(block.top1_N)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
-        loss_sums, top1_N = torch.stack(sums).sum(0), torch.cat(top1)
-        ctx.mark_non_differentiable(loss_sums, top1_N)
-        return _weighted(loss_sums, terms), loss_sums, top1_N
+        totals, top1_N = _added(sums), torch.cat(top1)
+        ctx.mark_non_differentiable(top1_N, *totals)
+        return _weighted(totals, what), top1_N, *totals
 
     @staticmethod
     @once_differentiable
@@ -98,35 +112,105 @@ class _FusedRows(torch.autograd.Function):
         return grad_hidden_ND * grad_objective.to(grad_hidden_ND.dtype), grad_weight_VD, None, None, None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Buckets:
-    """A block's logits as K kept ones, one for all the rest, and the label's."""
+@dataclass(slots=True)
+class _Leaves:
+    """The few numbers a row that losses depend on: logits of the named ids and the label, r, and r_T if tempered."""
 
     kept_NK: Tensor
-    rest_N: Tensor
-    """log sum exp of the logits outside the kept ids."""
+    hard_NM: Tensor
     label_N: Tensor
-    top1_N: Tensor
-    within_rest_NV: Tensor
-    """exp(z - max z) outside the kept ids, 0 at them. It is the block's buffer."""
-    total_N: Tensor
-    """Row sums of it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Gradient:
-    """A block's gradient with respect to its bucket logits."""
-
-    kept_NK: Tensor
     rest_N: Tensor
-    label_N: Tensor
+    tempered_rest_N: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        found = (self.kept_NK, self.hard_NM, self.label_N, self.rest_N, self.tempered_rest_N)
+        return [tensor for tensor in found if tensor is not None]
 
 
-def _logits(hidden_ND: Tensor, weight_VD: Tensor, block_rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """Each block of rows with its logits, which are the taker's to overwrite: all blocks share one buffer."""
+class _Block:
+    """A block's logits, reduced to leaves. Both buffers, that of the logits and the spare one, are overwritten.
+
+    Afterwards `_outside` holds softmax numerators of the ids outside (0 at named ones) at the temperature of each row,
+    and `_plain_outside` those at temperature 1, the same tensor where nothing is tempered.
+    """
+
+    def __init__(self, logits_NV: Tensor, spare_NV: Tensor | None, teacher: TeacherRows, what: RowObjective) -> None:
+        self._teacher = teacher
+        label_N = logits_NV.gather(1, teacher.labels_N[:, None]).squeeze(1)
+        kept_NK = logits_NV.gather(1, teacher.ids_NK)
+        logits_NV.scatter_(1, teacher.ids_NK, -torch.inf)
+        # One id at least stays outside, for r to be a number.
+        candidates = min(what.hard_negatives, logits_NV.shape[1] - teacher.ids_NK.shape[1] - 1)
+        hard_NM, self._hard_ids_NM = kept_NK[:, :0], teacher.ids_NK[:, :0]
+        if candidates > 0:
+            hard_NM, self._hard_ids_NM = select_topk(logits_NV, candidates)
+            logits_NV.scatter_(1, self._hard_ids_NM, -torch.inf)
+        peak_N1 = logits_NV.amax(1, keepdim=True)
+        self._outside = logits_NV.sub_(peak_N1)
+        peak_N = peak_N1.squeeze(1)
+        best_N = torch.cat([kept_NK, hard_NM, peak_N1], 1).amax(1)
+        self.top1_N = kept_NK[:, 0] >= best_N
+        self._plain_outside = torch.exp(self._outside, out=self._outside if spare_NV is None else spare_NV)
+        self._plain_total_N = self._total_N = self._plain_outside.sum(1)
+        self.leaves = _Leaves(kept_NK, hard_NM, label_N, peak_N + self._plain_total_N.log())
+        self._temperature_N = torch.ones_like(label_N)
+        if what.temperature is not None:
+            self._temperature_N = what.temperature(self._student(1.0, self.leaves.rest_N), teacher)
+        self._tempered_teacher = teacher
+        if what.temper is not None:
+            self._tempered_teacher = what.temper(teacher, self._temperature_N)
+            self._outside.div_(self._temperature_N[:, None]).exp_()
+            self._total_N = self._outside.sum(1)
+            self.leaves.tempered_rest_N = peak_N / self._temperature_N + self._total_N.log()
+
+    def rows(self) -> Rows:
+        student = warm = self._student(1.0, self.leaves.rest_N)
+        if self.leaves.tempered_rest_N is not None:
+            warm = self._student(self._temperature_N[:, None], self.leaves.tempered_rest_N)
+        return Rows(
+            student=student,
+            teacher=self._teacher,
+            temperature_N=self._temperature_N,
+            tempered_student=warm,
+            tempered_teacher=self._tempered_teacher,
+        )
+
+    def gradient(self, by: _Leaves) -> Tensor:
+        """With respect to all V logits, from that with respect to the leaves; in the block's buffer."""
+        if by.tempered_rest_N is None:
+            grad_NV = self._outside.mul_((by.rest_N / self._total_N)[:, None])
+        else:
+            grad_NV = self._outside.mul_((by.tempered_rest_N / (self._temperature_N * self._total_N))[:, None])
+            grad_NV.addcmul_(self._plain_outside, (by.rest_N / self._plain_total_N)[:, None])
+        ids_NJ = torch.cat([self._teacher.ids_NK, self._hard_ids_NM, self._teacher.labels_N[:, None]], 1)
+        return grad_NV.scatter_add_(1, ids_NJ, torch.cat([by.kept_NK, by.hard_NM, by.label_N[:, None]], 1))
+
+    def _student(self, temperature: Tensor | float, rest_N: Tensor) -> StudentRows:
+        kept_NK, hard_NM, label_N1 = (
+            logits / temperature for logits in (self.leaves.kept_NK, self.leaves.hard_NM, self.leaves.label_N[:, None])
+        )
+        everything_NJ = [kept_NK.masked_fill(~self._teacher.present_NK, -torch.inf), hard_NM, rest_N[:, None]]
+        log_total_N1 = torch.cat(everything_NJ, 1).logsumexp(1, keepdim=True)
+        return StudentRows(
+            log_kept_NK=kept_NK - log_total_N1,
+            log_hard_NM=hard_NM - log_total_N1,
+            log_rest_N=torch.cat(everything_NJ[1:], 1).logsumexp(1) - log_total_N1.squeeze(1),
+            log_easy_N=rest_N - log_total_N1.squeeze(1),
+            log_label_N=(label_N1 - log_total_N1).squeeze(1),
+        )
+
+
+def _logits(
+    hidden_ND: Tensor, weight_VD: Tensor, what: RowObjective, block_rows: int
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Each block of rows with its logits and, for tempering, a second buffer like it.
+
+    Both are the taker's to overwrite: all blocks share them.
+    """
     count = hidden_ND.shape[0]
     shape = min(block_rows, count), weight_VD.shape[0]
     buffer = torch.empty(shape, dtype=_wide(hidden_ND.dtype), device=hidden_ND.device)
+    spare = None if what.temper is None else torch.empty_like(buffer)
     for start in range(0, count, block_rows):
         rows = slice(start, min(start + block_rows, count))
         out_NV = buffer[: rows.stop - start]
@@ -137,54 +221,34 @@ def _logits(hidden_ND: Tensor, weight_VD: Tensor, block_rows: int) -> Iterator[t
         else:
             # The CPU has no product of 16-bit factors with a 32-bit result: logits are rounded to 16 bits on the way.
             out_NV.copy_(torch.mm(hidden_ND[rows], weight_VD.t()))
-        yield rows, out_NV
+        yield rows, out_NV, None if spare is None else spare[: rows.stop - start]
 
 
-def _into_buckets(logits_NV: Tensor, teacher: TeacherRows) -> _Buckets:
-    """Overwrites the logits."""
-    label_N = logits_NV.gather(1, teacher.labels_N[:, None]).squeeze(1)
-    kept_NK = logits_NV.gather(1, teacher.ids_NK)
-    rest_NV = logits_NV.scatter_(1, teacher.ids_NK, -torch.inf)
-    peak_N1 = rest_NV.amax(1, keepdim=True)
-    within_rest_NV = rest_NV.sub_(peak_N1).exp_()
-    total_N, peak_N = within_rest_NV.sum(1), peak_N1.squeeze(1)
-    return _Buckets(
-        kept_NK=kept_NK,
-        rest_N=peak_N + total_N.log(),
-        label_N=label_N,
-        top1_N=kept_NK[:, 0] >= torch.maximum(kept_NK.amax(1), peak_N),
-        within_rest_NV=within_rest_NV,
-        total_N=total_N,
-    )
-
-
-def _losses(buckets: _Buckets, teacher: TeacherRows, terms: Terms) -> Tensor:
-    log_total_N = torch.logsumexp(torch.cat([buckets.kept_NK, buckets.rest_N[:, None]], 1), 1)
-    student = StudentRows(
-        log_kept_NK=buckets.kept_NK - log_total_N[:, None],
-        log_rest_N=buckets.rest_N - log_total_N,
-        log_label_N=buckets.label_N - log_total_N,
-    )
-    return torch.stack([loss(student, teacher).sum() for loss, _ in terms])
-
-
-def _differentiate(buckets: _Buckets, teacher: TeacherRows, terms: Terms) -> tuple[Tensor, _Gradient]:
-    logits = [tensor.requires_grad_() for tensor in (buckets.kept_NK, buckets.rest_N, buckets.label_N)]
+def _differentiate(block: _Block, what: RowObjective) -> tuple[tuple[Tensor, ...], Tensor]:
+    gradients: tuple[Tensor, ...]
+    leaves = [tensor.requires_grad_() for tensor in block.leaves.tensors()]
     with torch.enable_grad():
-        loss_sums = _losses(buckets, teacher, terms)
-        kept, rest, label = torch.autograd.grad(_weighted(loss_sums, terms), logits, materialize_grads=True)
-    return loss_sums.detach(), _Gradient(kept_NK=kept, rest_N=rest, label_N=label)
+        sums = _sums(block.rows(), what)
+        objective = _weighted(sums, what)
+        if objective.requires_grad:
+            gradients = torch.autograd.grad(objective, leaves, materialize_grads=True)
+        else:  # nothing weighs
+            gradients = tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return tuple(total.detach() for total in sums), block.gradient(_Leaves(*gradients))
 
 
-def _spread(gradient: _Gradient, buckets: _Buckets, teacher: TeacherRows) -> Tensor:
-    """The gradient with respect to all V logits, in the block's buffer."""
-    grad_NV = buckets.within_rest_NV.mul_((gradient.rest_N / buckets.total_N)[:, None])
-    grad_NV.scatter_(1, teacher.ids_NK, gradient.kept_NK)
-    return grad_NV.scatter_add_(1, teacher.labels_N[:, None], gradient.label_N[:, None])
+def _sums(rows: Rows, what: RowObjective) -> tuple[Tensor, ...]:
+    return tuple(loss(rows).sum(0) for loss, _ in what.terms)
 
 
-def _weighted(loss_sums: Tensor, terms: Terms) -> Tensor:
-    return loss_sums @ loss_sums.new_tensor([weight for _, weight in terms])
+def _added(sums: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack(found).sum(0) for found in zip(*sums, strict=True))
+
+
+def _weighted(sums: Sequence[Tensor], what: RowObjective) -> Tensor:
+    """A term that weighs nothing has no part in the gradient, not even where it is not finite."""
+    weighing = [weight * total for (_, weight), total in zip(what.terms, sums, strict=True) if weight]
+    return torch.stack(weighing).sum() if weighing else sums[0].new_zeros(())
 
 
 def _add_outer(total_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor) -> None:
