@@ -41,7 +41,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy(cli) -> None:  # type: 
         (["prepare", "--recipe", "qwen3-8b", "--data", "missing.jsonl"], 2, "missing.jsonl"),
         (["prepare", "--recipe", "smollm2-demo", "--name", "../out"], 2, "'../out' cannot name a run"),
         (["distill", "--recipe", "smollm2-demo", "--gpus", "2"], 1, "no shards in"),
-        (["distill", "--recipe", "smollm2-demo", "--gpus", "5"], 2, "does not divide the global batch of 6"),
+        (["distill", "--recipe", "smollm2-demo", "--gpus", "5"], 2, "does not divide the global batch of 4"),
         (["evaluate"], 1, "no finished run"),
         (["evaluate", "--name", "absent"], 1, "no final model"),
         (["inspect-shard", "absent.arrow"], 1, "absent.arrow"),
