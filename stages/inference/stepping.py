@@ -11,24 +11,25 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stages.student.decoder import DecoderLayer
 from stages.student.layers import split_heads
+from stages.student.ltc import LiquidMixer
 from stages.student.model import MiniCodformerForConditionalGeneration as Model
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """Cross-attention keys (scaled, [L, H, E, P]) and values ([L, H, P, E]) of one prompt."""
+    """Cross-attention keys (scaled, [L, H, E, P]) and values ([L, H, P, E]) of one prompt, and the state it primes."""
 
     keys: Tensor
     values: Tensor
+    memories_LHEF: Tensor
 
     @property
     def bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.keys.nbytes + self.values.nbytes + self.memories_LHEF.nbytes
 
 
 @dataclass(slots=True)
@@ -50,23 +51,28 @@ def encode(model: Model, prompts: Sequence[Sequence[int]]) -> list[EncodedPrompt
     for prompt in prompts:
         ids_1P = torch.tensor([prompt], device=model.device)
         hidden_1PD = model.model.encoder(ids_1P).last_hidden_state
-        keys, values = [], []
+        keys, values, memories = [], [], []
         for layer in _layers(model):
             cross = layer.cross
             key, value = (split_heads(part, cross.heads)[0] for part in cross.key_value(hidden_1PD).chunk(2, -1))
             keys.append((cross.key_norm(key) * key.shape[-1] ** -0.5).transpose(-1, -2).contiguous())
             values.append(value.contiguous())
-        encoded.append(EncodedPrompt(torch.stack(keys), torch.stack(values)))
+            memories.append(_first_memory(layer.mixer, hidden_1PD))
+        encoded.append(EncodedPrompt(torch.stack(keys), torch.stack(values), torch.stack(memories)))
     return encoded
 
 
 def fresh(model: Model, prompts: Sequence[EncodedPrompt]) -> DecoderState:
     """Rows that have written nothing yet."""
     config, rows = model.config, len(prompts)
-    layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.head_size
+    shape = _layers(model)[0].mixer.recurrence.state_shape
+    memories_LBHEF = torch.zeros(config.num_hidden_layers, rows, *shape, device=model.device)
+    for row, prompt in enumerate(prompts):
+        memories_LBHEF[:, row] = prompt.memories_LHEF
+    window = (config.num_hidden_layers, rows, config.conv_kernel - 1, config.hidden_size)
     return DecoderState(
-        torch.zeros(layers, rows, config.conv_kernel - 1, config.hidden_size, device=model.device, dtype=model.dtype),
-        torch.zeros(layers, rows, heads, size, size, device=model.device),
+        torch.zeros(window, device=model.device, dtype=model.dtype),
+        memories_LBHEF,
         list(prompts),
     )
 
@@ -95,13 +101,10 @@ def advance(model: Model, tokens: Sequence[int], state: DecoderState) -> Tensor:
         normed_BD = layer.mixer_norm(hidden_BD)
         window_BKD = torch.cat([state.windows_LBKD[index], normed_BD[:, None]], 1)
         state.windows_LBKD[index] = window_BKD[:, 1:]
-        sensory_BD = F.silu((window_BKD * mixer.conv_weight.T).sum(1))
-        command = mixer.command(F.silu(mixer.inter(sensory_BD)))
-        query_BHE, key_BHE, value_BHE, log_decay_BHE = mixer._recurrence_inputs(command, None)
-        memory_BHEF = state.memories_LBHEF[index]
-        memory_BHEF.mul_(log_decay_BHE.exp()[..., None]).addcmul_(key_BHE[..., None], value_BHE[..., None, :])
-        read_BHF = (query_BHE[..., None, :] @ memory_BHEF)[..., 0, :].to(hidden_BD.dtype)
-        hidden_BD = hidden_BD + mixer.motor(mixer.head_norm(read_BHF).flatten(-2) * F.silu(mixer.gate(normed_BD)))
+        read_B1D, state.memories_LBHEF[index] = mixer.recurrence(
+            mixer.command_activity(window_BKD, 1), None, state.memories_LBHEF[index]
+        )
+        hidden_BD = hidden_BD + mixer.motor_output(read_B1D, normed_BD[:, None])[:, 0]
         query_BHE = cross.query_norm(cross.query(layer.cross_norm(hidden_BD)).unflatten(-1, (cross.heads, -1)))
         read = [
             torch.bmm(torch.bmm(query_HE[:, None], prompt.keys[index]).softmax(-1), prompt.values[index])
@@ -111,6 +114,12 @@ def advance(model: Model, tokens: Sequence[int], state: DecoderState) -> Tensor:
         hidden_BD = hidden_BD + layer.mlp(layer.mlp_norm(hidden_BD))
     logits_BV: Tensor = model.lm_head(model.output_hidden(model.model.decoder.norm(hidden_BD)))
     return logits_BV
+
+
+def _first_memory(mixer: LiquidMixer, hidden_1PD: Tensor) -> Tensor:
+    if mixer.config.prime_state:
+        return mixer.primed(hidden_1PD, None)[0]
+    return torch.zeros(mixer.recurrence.state_shape, device=hidden_1PD.device)
 
 
 def _layers(model: Model) -> list[DecoderLayer]:

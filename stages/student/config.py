@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .shape import RECURRENCES, WIRINGS
+
 
 class MiniCodformerConfig(PreTrainedConfig):
     """Shape and special tokens of a MiniCodformer.
@@ -13,7 +15,9 @@ class MiniCodformerConfig(PreTrainedConfig):
     `num_hidden_layers` counts the decoder's layers, because transformers sizes caches from it. `ode_unfolds` is the
     number of fused Euler steps a token, 0 for the exact flow of the ODE. `embedding_rank` is the width of a
     factorised embedding, None for one of `hidden_size`. `layer_types` names the cache of each decoder layer and is
-    derived.
+    derived. `recurrence` is what a neuron holds: "matrix", "vector" or "delta" (recurrences.py). `wiring` is "ncp" or
+    "dense" (wiring.py). With `prime_state` the decoder starts from the state that it would have after reading the
+    encoder's output.
     """
 
     model_type = "minicodformer"
@@ -27,6 +31,9 @@ class MiniCodformerConfig(PreTrainedConfig):
     intermediate_size: int = 688
     conv_kernel: int = 4
     ode_unfolds: int = 6
+    recurrence: str = "matrix"
+    wiring: str = "ncp"
+    prime_state: bool = False
     ncp_sparsity: float = 0.5
     ncp_seed: int = 22_222
     embedding_rank: int | None = None
@@ -49,6 +56,9 @@ class MiniCodformerConfig(PreTrainedConfig):
             )
         if self.ode_unfolds < 0:
             raise ValueError(f"ode_unfolds must be at least 0, not {self.ode_unfolds}")
+        for name, known in (("recurrence", RECURRENCES), ("wiring", WIRINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if not 0.1 <= self.ncp_sparsity < 1:
             raise ValueError(f"ncp_sparsity must lie in [0.1, 1), the range of ncps.AutoNCP, not {self.ncp_sparsity}")
         self.layer_types = ["hybrid"] * self.num_hidden_layers

@@ -69,13 +69,16 @@ class DecoderLayer(GradientCheckpointingLayer):
         hidden_BTD: Tensor,
         encoder_BPD: Tensor,
         real_BT: Tensor | None,
+        encoder_real_BP: Tensor | None,
         bias_B11P: Tensor | None,
         need_weights: bool,
         past_key_values: EncoderDecoderCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the layer's output and, if asked for, its cross-attention [B, H, T, P]."""
         self_cache = None if past_key_values is None else past_key_values.self_attention_cache
-        hidden_BTD = hidden_BTD + self.mixer(self.mixer_norm(hidden_BTD), real_BT, self_cache)
+        hidden_BTD = hidden_BTD + self.mixer(
+            self.mixer_norm(hidden_BTD), real_BT, self_cache, encoder_BPD, encoder_real_BP
+        )
         crossed_BTD, weights_BHTP = self.cross(
             self.cross_norm(hidden_BTD), encoder_BPD, bias_B11P, past_key_values, need_weights
         )
@@ -102,11 +105,18 @@ class MiniCodformerDecoder(nn.Module):
         """`attention_mask` may reach back over tokens that are in the cache already: its last T columns count."""
         hidden_BTD = inputs_embeds
         real_BT = None if attention_mask is None else attention_mask[:, -hidden_BTD.shape[1] :].bool()
+        encoder_real_BP = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         bias_B11P = key_bias(encoder_attention_mask, hidden_BTD.dtype)
         states, attentions = [hidden_BTD], []
         for layer in self.layers:
             hidden_BTD, weights_BHTP = layer(
-                hidden_BTD, encoder_BPD, real_BT, bias_B11P, output_attentions, past_key_values=past_key_values
+                hidden_BTD,
+                encoder_BPD,
+                real_BT,
+                encoder_real_BP,
+                bias_B11P,
+                output_attentions,
+                past_key_values=past_key_values,
             )
             states.append(hidden_BTD)
             attentions.append(weights_BHTP)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RECURRENCES = ("matrix", "vector", "delta")
+WIRINGS = ("ncp", "dense")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentShape:
@@ -15,6 +18,12 @@ class StudentShape:
     conv_kernel: int = 4
     ode_unfolds: int | None = 6
     """Fused Euler steps a token; 0 stands for the exact flow of the ODE."""
+    recurrence: str = "matrix"
+    """What a liquid neuron holds: "matrix", "vector" (the plain LTC neuron) or "delta" (Gated DeltaNet's rule)."""
+    wiring: str = "ncp"
+    """"ncp", a Neural Circuit Policy, or "dense", every synapse present."""
+    prime_state: bool = False
+    """Start the decoder from the state that it would have after reading the encoder's output."""
     ncp_sparsity: float = 0.5
     ncp_seed: int = 22222
     embedding_rank: int | None = None
@@ -23,5 +32,8 @@ class StudentShape:
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"student.hidden_size {self.hidden_size} must be a multiple of 2 x heads {self.heads}")
-        if not 0 < self.ncp_sparsity < 1:
-            raise ValueError("student.ncp_sparsity must lie between 0 and 1")
+        if not 0.1 <= self.ncp_sparsity < 1:
+            raise ValueError("student.ncp_sparsity must lie in [0.1, 1), the range of ncps.AutoNCP")
+        for name, known in (("recurrence", RECURRENCES), ("wiring", WIRINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"student.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")

@@ -1,4 +1,4 @@
-"""The synapses of a Neural Circuit Policy, as the blocks that a layer's projections carry.
+"""The synapses of a circuit, as the blocks that a layer's projections carry: a Neural Circuit Policy, or all of them.
 
 A block holds -1 or +1 where a synapse exists (its polarity) and 0 elsewhere. It depends on nothing but its
 arguments: ncps seeds its own generator.
@@ -42,12 +42,25 @@ def neuron_counts(width: int) -> tuple[int, int]:
     return inner + width, inner - width
 
 
-@lru_cache(maxsize=16)
-def build_wiring(width: int, sparsity: float, seed: int) -> Wiring:
+def build_wiring(kind: str, width: int, sparsity: float, seed: int) -> Wiring:
     """Wire `width` sensory neurons through inter and command neurons to `width` motor neurons.
 
-    `sparsity` is AutoNCP's: about that share of the synapses of each block is absent. Takes seconds at width 256.
+    "ncp": `sparsity` is AutoNCP's: about that share of the synapses of each block is absent. Takes seconds at width
+    256. "dense": none is absent, and polarities are drawn evenly.
     """
+    return _ncp_wiring(width, sparsity, seed) if kind == "ncp" else _dense_wiring(width, seed)
+
+
+def _dense_wiring(width: int, seed: int) -> Wiring:
+    draw = np.random.default_rng(seed)
+    _, inter = neuron_counts(width)
+    sizes = (inter, width), (width, inter), (width, width)
+    blocks = (draw.choice(np.array([-1, 1], np.int8), size) for size in sizes)
+    return Wiring(**dict(zip(Wiring.__dataclass_fields__, blocks, strict=True)))
+
+
+@lru_cache(maxsize=16)
+def _ncp_wiring(width: int, sparsity: float, seed: int) -> Wiring:
     if AutoNCP is None:
         raise ImportError("a new student is wired by the package ncps: pip install ncps")
     units, inter_count = neuron_counts(width)

@@ -60,8 +60,8 @@ def test_every_parameter_is_in_one_group_at_the_rate_of_its_depth(
     assert rate_and_decay("model.encoder.layers.0.mlp.down.weight") == (0.125, 0.1)
     assert rate_and_decay("model.decoder.layers.1.mlp.down.weight") == (1.0, 0.1)
     assert rate_and_decay("model.decoder.layers.1.mlp_norm.weight") == (1.0, 0.0)
-    assert rate_and_decay("model.decoder.layers.0.mixer.rho") == (0.5 * LIQUID_RATE, 0.0)
-    assert rate_and_decay("model.decoder.layers.0.mixer.conductance_bias") == (0.5 * LIQUID_RATE, 0.0)
+    assert rate_and_decay("model.decoder.layers.0.mixer.recurrence.rho") == (0.5 * LIQUID_RATE, 0.0)
+    assert rate_and_decay("model.decoder.layers.0.mixer.recurrence.conductance_bias") == (0.5 * LIQUID_RATE, 0.0)
 
 
 def test_set_rates_scales_each_group_by_its_own_peak(student: MiniCodformerForConditionalGeneration) -> None:

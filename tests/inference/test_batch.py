@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from stages.inference.batch import DecodeBatch
 from stages.inference.generate import Student
 from stages.inference.prompts import PromptCache
 from stages.inference.sampling import Sampling, candidates
+from stages.inference.stepping import advance, encode, fresh
+from stages.student.model import build_student
+from stages.student.shape import StudentShape
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +112,18 @@ def test_more_alternatives_than_tokens_are_all_tokens() -> None:
     chosen, top = candidates(torch.tensor([0.0, 1.0]), 0, 20)
     assert chosen.logprob == pytest.approx(-1.3133, abs=1e-3)
     assert [candidate.token_id for candidate in top] == [1, 0]
+
+
+@pytest.mark.parametrize("changes", [{"recurrence": "vector"}, {"recurrence": "delta", "prime_state": True}])
+def test_every_recurrence_streams_what_transformers_computes(changes: dict[str, Any]) -> None:
+    shape = StudentShape(hidden_size=32, heads=2, encoder_layers=1, decoder_layers=2, intermediate_size=48, **changes)
+    model = build_student(shape, vocab_size=97, start_token_id=0, end_token_id=2, seed=6).eval()
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(97, (length,), generator=generator) for length in (3, 11)]
+    responses = torch.randint(97, (2, 9), generator=generator)
+    state = fresh(model, encode(model, [prompt.tolist() for prompt in prompts]))
+    with torch.inference_mode():
+        streamed = torch.stack([advance(model, column.tolist(), state) for column in responses.T], 1)
+        for row, prompt in enumerate(prompts):
+            expected = model(prompt[None], decoder_input_ids=responses[row : row + 1]).logits[0]
+            torch.testing.assert_close(streamed[row], expected, rtol=1e-4, atol=1e-5)

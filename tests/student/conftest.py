@@ -23,7 +23,7 @@ def one_thread() -> None:
 
 @pytest.fixture
 def make_student() -> Callable[..., MiniCodformerForConditionalGeneration]:
-    def make(*, seed: int = 5, **changes: Any) -> MiniCodformerForConditionalGeneration:
+    def make(*, seed: int = 6, **changes: Any) -> MiniCodformerForConditionalGeneration:
         small = {"hidden_size": 32, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "intermediate_size": 48}
         shape = StudentShape(**(small | changes))
         return build_student(shape, vocab_size=VOCAB, start_token_id=START, end_token_id=END, seed=seed).eval()
@@ -31,11 +31,19 @@ def make_student() -> Callable[..., MiniCodformerForConditionalGeneration]:
     return make
 
 
-@pytest.fixture(params=[None, 12], ids=["full embedding", "factorised embedding"])
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "factorised embedding": {"embedding_rank": 12},
+    "vector, dense": {"recurrence": "vector", "wiring": "dense"},
+    "delta, primed": {"recurrence": "delta", "prime_state": True},
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
 def student(
     request: pytest.FixtureRequest, make_student: Callable[..., MiniCodformerForConditionalGeneration]
 ) -> MiniCodformerForConditionalGeneration:
-    return make_student(embedding_rank=request.param)
+    return make_student(**request.param)
 
 
 @pytest.fixture

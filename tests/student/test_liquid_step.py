@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.student.ltc import liquid_step
+from stages.student.recurrences import liquid_step
 
 conductances = st.floats(0, 4)
 leaks = st.floats(1e-6, 1)

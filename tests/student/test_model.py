@@ -38,8 +38,9 @@ def test_O5_padding_of_the_prompt_changes_nothing(student, batch, tokens, side):
     torch.testing.assert_close(student(padded, mask, response).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_O5_a_gap_in_the_prompt_changes_nothing(student, batch, tokens):
-    """Positions count tokens, not columns."""
+def test_O5_a_gap_in_the_prompt_changes_nothing(make_student, batch, tokens):
+    """Positions count tokens, not columns. (A primed state does see a gap: its convolution reaches over columns.)"""
+    student = make_student()
     prompt, response = batch
     expected = student(prompt, torch.ones_like(prompt), response).logits
     gap = tokens(2, 5, seed=3)

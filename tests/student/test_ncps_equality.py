@@ -12,7 +12,7 @@ from ncps.torch import LTC
 from ncps.wirings import NCP
 from torch import Tensor
 
-from stages.student.ltc import liquid_step
+from stages.student.recurrences import liquid_step
 from stages.student.scan_chunked import scan_chunked
 
 TOKENS = 40

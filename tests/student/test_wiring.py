@@ -24,7 +24,7 @@ def test_command_and_motor_layers_are_as_wide_as_the_model(width):
 def test_blocks_are_the_synapses_of_autoncp():
     width, seed = 32, 22_222
     units, inter = neuron_counts(width)
-    wiring = build_wiring(width, 0.5, seed)
+    wiring = build_wiring("ncp", width, 0.5, seed)
     circuit = AutoNCP(units, width, sparsity_level=0.5, seed=seed)
     circuit.build(width)
     motor_ids, command_ids, inter_ids = np.split(np.arange(units), [width, 2 * width])
@@ -78,14 +78,25 @@ def test_a_weight_without_a_synapse_does_not_act_in_training(make_student):
 
 def test_time_constants_are_spread_evenly_in_log_from_2_to_512(make_student):
     mixer: LiquidMixer = make_student().model.decoder.layers[0].mixer
-    tau = (1 + mixer.rho.exp()).view(2, 16)
+    tau = (1 + mixer.recurrence.rho.exp()).view(2, 16)
     torch.testing.assert_close(tau[:, 0], torch.full((2,), 2.0))
     torch.testing.assert_close(tau[:, -1], torch.full((2,), 512.0))
     torch.testing.assert_close(tau.log().diff(), torch.full((2, 15), float(np.log(256) / 15)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(4 * mixer.conductance_bias.sigmoid(), 1 / tau.flatten())
+    torch.testing.assert_close(4 * mixer.recurrence.conductance_bias.sigmoid(), 1 / tau.flatten())
+
+
+def test_a_dense_circuit_has_every_synapse_with_either_polarity_and_a_seed_of_its_own():
+    first, again, other = (build_wiring("dense", 32, 0.5, seed) for seed in (1, 1, 2))
+    ncp = build_wiring("ncp", 32, 0.5, 1)
+    for name in ("sensory_to_inter", "inter_to_command", "command_to_motor"):
+        block = getattr(first, name)
+        assert block.shape == getattr(ncp, name).shape
+        assert set(np.unique(block)) == {-1, 1}
+        np.testing.assert_array_equal(block, getattr(again, name))
+        assert (block != getattr(other, name)).any()
 
 
 def test_wiring_without_ncps_says_what_to_install(monkeypatch):
     monkeypatch.setattr(wiring_module, "AutoNCP", None)
     with pytest.raises(ImportError, match="pip install ncps"):
-        build_wiring(16, 0.5, 1)
+        build_wiring("ncp", 16, 0.5, 1)
