@@ -8,11 +8,11 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-from shards.contract import AttentionSpec, Contract, Selection
+from shards.contract import Contract
 from shards.manifest import CONTRACT_NAME, Manifest, begin, is_sealed, read_manifest, seal
 from shards.topk_planes import TopkPlanes1
 from stages.corpus.fingerprint import tokenizer_fingerprint
@@ -46,9 +46,7 @@ def fill_cache(
     """
     facts = read_facts(teacher_folder)
     spec = CaptureSpec(
-        k=cache.k,
-        attention_layers=attention_layers(cache.attention_depths, facts.layers),
-        attention_top_m=cache.attention_top_m,
+        selection=cache.chosen(), curve=cache.curve, attention=cache.attention(facts.layers), seed=cache.draw_seed
     )
     with ExitStack() as stack:
         order = EngineOrder(factory=engine, folder=teacher_folder, teacher=teacher, spec=spec)
@@ -72,11 +70,6 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def attention_layers(depths: Sequence[float], layers: int) -> tuple[int, ...]:
-    """Depths as fractions -> rising layer numbers: (1/3, 2/3, 35/36) are layers 12, 24 and 35 of 36."""
-    return tuple(sorted({int(depth * layers + 1e-9) for depth in depths}))
-
-
 def _contract(
     corpus: Corpus,
     teacher: TeacherSettings,
@@ -91,7 +84,6 @@ def _contract(
             "the corpus was tokenised with another tokenizer than the teacher's",
             hint="prepare the corpus again with this teacher",
         )
-    attention = AttentionSpec(layers=spec.attention_layers, top_m=spec.attention_top_m)
     return Contract(
         codec=TopkPlanes1.name,
         teacher=teacher.model,
@@ -100,8 +92,9 @@ def _contract(
         vocab_size=facts.vocab_size,
         start_token_id=corpus.start_token_id,
         end_token_id=corpus.end_token_id,
-        selection=Selection(kind="topk", k=spec.k),
-        attention=attention if spec.attention_layers else None,
+        selection=spec.selection,
+        curve=spec.curve,
+        attention=spec.attention,
         corpus_fingerprint=corpus.fingerprint,
         engine=engine.identity,
         dtype=engine.dtype,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -154,11 +154,17 @@ def to_record(sample: Sample, signal: TeacherSignal) -> Record:
         response_ids_R=sample.response_ids,
         first_position=0,
         ids_NK=signal.ids_NK.to(torch.int32).numpy(),
-        logprobs_NK=signal.logprobs_NK.numpy(),
+        logprobs_NK=_array(signal.logprobs_NK),
+        draws_NK=_array(signal.draws_NK),
         log_tail_N=signal.log_tail_N.numpy(),
         entropy_N=signal.entropy_N.numpy(),
+        curve_NJ=_array(signal.curve_NJ),
         attention=None if signal.attention is None else _to_summary(signal.attention),
     )
+
+
+def _array(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else tensor.numpy()
 
 
 def _to_summary(attention: AttentionSignal) -> AttentionSummary:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shards.contract import DRAWN, AttentionSpec, Selection
+
 FREE_TEACHER_SETTINGS = ("tensor_parallel", "max_batched_tokens", "gpu_memory_utilization")
 """What may differ between two starts of one run: how the teacher is placed, not what it says."""
 
@@ -37,20 +39,53 @@ class TeacherSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSettings:
+    selection: str = "topk"
+    """Which ids are kept of a position: "topk"; "adaptive": as many as it takes to reach `mass`, none below `floor`, at
+    most k; "hybrid": the k most probable and `draws` draws from the rest; "sample": `draws` draws from all."""
     k: int = 64
-    """Ids kept a position."""
+    """Ids kept a position as the most probable; without meaning for "sample"."""
+    draws: int = 12
+    """Draws a position of "hybrid" and "sample"."""
+    mass: float = 0.95
+    floor: float = 1e-3
+    sample_logprobs: bool = True
+    """Whether "sample" keeps log-probabilities; counts alone take less room and allow no temperature but 1."""
+    draw_seed: int = 0
+    curve: tuple[float, ...] = ()
+    """Falling exponents, at which the partition curve of the tail is kept; (0.5, 0.25) serves every temperature."""
     attention_depths: tuple[float, ...] = (1 / 3, 2 / 3, 35 / 36)
     """Which teacher layers are summarised, as fractions of depth: layer int(depth * layers)."""
     attention_top_m: int = 16
     """Prompt keys kept a row and layer."""
+    attention_rows: str = "response"
+    """"response", or "all": prompt rows too, which the student's encoder can match."""
     records_per_shard: int = 256
     """The unit of work: one shard, published whole or not at all."""
     pca_width: int = 256
     """Width of the principal components of the teacher's head that are stored for the student's embedding."""
 
     def __post_init__(self) -> None:
-        for name in ("k", "attention_top_m", "records_per_shard", "pca_width"):
+        for name in ("attention_top_m", "records_per_shard", "pca_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"cache.{name} must be at least 1")
         if any(not 0 <= depth < 1 for depth in self.attention_depths):
             raise ValueError("cache.attention_depths must lie in [0, 1)")
+        self.chosen()
+        self.attention(1)
+
+    def chosen(self) -> Selection:
+        """As a Contract says it: what is without meaning for this kind is left out."""
+        drawn, adaptive = self.selection in DRAWN, self.selection == "adaptive"
+        return Selection(
+            kind=self.selection,
+            k=0 if self.selection == "sample" else self.k,
+            draws=self.draws if drawn else 0,
+            mass=self.mass if adaptive else 1.0,
+            floor=self.floor if adaptive else 0.0,
+            logprobs=self.sample_logprobs or self.selection != "sample",
+        )
+
+    def attention(self, layers: int) -> AttentionSpec | None:
+        """The summaries of a teacher of so many layers: depths (1/3, 2/3, 35/36) are layers 12, 24 and 35 of 36."""
+        chosen = tuple(sorted({int(depth * layers + 1e-9) for depth in self.attention_depths}))
+        return AttentionSpec(layers=chosen, top_m=self.attention_top_m, rows=self.attention_rows) if chosen else None

@@ -1,6 +1,6 @@
 """A program: capture with two tensor-parallel ranks of vLLM, and write each signal as a safetensors file.
 
-capture_tp.py TEACHER OUT SPEC < SAMPLES        both JSON; a sample is [prompt ids, response ids]
+capture_tp.py TEACHER OUT SPEC < SAMPLES        both JSON; a sample is [id, prompt ids, response ids]
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from stages.teacher_cache.settings import TeacherSettings
 
 def main(teacher: Path, out: Path, spec: CaptureSpec) -> None:
     samples = [
-        Sample(
-            sample_id=f"{index:016x}", prompt_ids=np.array(prompt, np.int32), response_ids=np.array(response, np.int32)
-        )
-        for index, (prompt, response) in enumerate(json.load(sys.stdin))
+        Sample(sample_id=name, prompt_ids=np.array(prompt, np.int32), response_ids=np.array(response, np.int32))
+        for name, prompt, response in json.load(sys.stdin)
     ]
     settings = TeacherSettings(
         dtype="float32", head_dtype="float32", max_model_len=128, max_batched_tokens=64, tensor_parallel=2
@@ -39,9 +37,4 @@ def main(teacher: Path, out: Path, spec: CaptureSpec) -> None:
 
 
 if __name__ == "__main__":
-    fields = json.loads(sys.argv[3])
-    main(
-        Path(sys.argv[1]),
-        Path(sys.argv[2]),
-        CaptureSpec(**{**fields, "attention_layers": tuple(fields["attention_layers"])}),
-    )
+    main(Path(sys.argv[1]), Path(sys.argv[2]), CaptureSpec.from_json(sys.argv[3]))

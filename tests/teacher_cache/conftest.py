@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shards.contract import AttentionSpec, Selection
 from stages.corpus.sample import Sample
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.transformers import TransformersEngine
@@ -35,7 +36,12 @@ SHAPES = ((1, 1), (1, 9), (3, 20), (30, 1), (40, 18), (55, 60), (17, 5))
 
 @pytest.fixture(scope="session")
 def spec() -> CaptureSpec:
-    return CaptureSpec(k=64, attention_layers=(10, 20, 29), attention_top_m=16)
+    """All that one engine can be asked for at once; what else there is, the head is asked for alone."""
+    return CaptureSpec(
+        selection=Selection(kind="adaptive", k=64, mass=0.98, floor=1e-4),
+        curve=(0.5, 0.25),
+        attention=AttentionSpec(layers=(10, 20, 29), top_m=16, rows="all"),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -89,22 +89,26 @@ def recorded_signal(sample: Sample, spec: CaptureSpec) -> TeacherSignal:
     generator = torch.Generator().manual_seed(int(sample.sample_id, 16))
     rows, prompt = len(sample.response_ids), len(sample.prompt_ids)
     logprobs = (3 * torch.randn(rows, VOCABULARY, generator=generator)).double().log_softmax(dim=-1)
-    kept, ids = logprobs.topk(spec.k, dim=-1)
+    kept, ids = logprobs.topk(spec.selection.k, dim=-1)
     tail = logprobs.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
     return TeacherSignal(
         ids_NK=ids.int(),
         logprobs_NK=kept.float(),
+        draws_NK=None,
         log_tail_N=tail.float(),
         entropy_N=-(logprobs.exp() * logprobs).sum(dim=-1).float(),
+        curve_NJ=None,
         attention=_recorded_attention(rows, prompt, spec, generator),
     )
 
 
 def _recorded_attention(rows: int, prompt: int, spec: CaptureSpec, generator: torch.Generator) -> AttentionSignal:
-    mean = torch.rand(len(spec.attention_layers), rows, prompt + rows, generator=generator).softmax(dim=-1)
-    kept = min(spec.attention_top_m, prompt - 1)
-    positions = torch.full((*mean.shape[:2], spec.attention_top_m), -1, dtype=torch.int32)
-    weights = torch.zeros((*mean.shape[:2], spec.attention_top_m))
+    assert spec.attention is not None
+    top_m = spec.attention.top_m
+    mean = torch.rand(len(spec.layers), rows, prompt + rows, generator=generator).softmax(dim=-1)
+    kept = min(top_m, prompt - 1)
+    positions = torch.full((*mean.shape[:2], top_m), -1, dtype=torch.int32)
+    weights = torch.zeros((*mean.shape[:2], top_m))
     weights[..., :kept], where = mean[..., 1:prompt].topk(kept, dim=-1)
     positions[..., :kept] = where.int() + 1
     return AttentionSignal(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shards.contract import SELECTIONS, Selection
 from shards.errors import ContractMismatch, Incomplete, InvalidRecord, StorageFailed
 from shards.manifest import is_sealed, read_manifest
 from shards.reader import ShardSet
@@ -68,7 +69,7 @@ def test_the_set_holds_every_sample_once_in_plan_order(tmp_path: Path, recorded:
 def spec_of(recorded: ModuleType) -> object:
     from stages.teacher_cache.engines.protocol import CaptureSpec
 
-    return CaptureSpec(k=recorded.CACHE.k, attention_layers=(2,), attention_top_m=recorded.CACHE.attention_top_m)
+    return CaptureSpec(selection=recorded.CACHE.chosen(), attention=recorded.CACHE.attention(4))
 
 
 def test_the_teacher_travels_with_the_shards(undisturbed: dict[str, bytes], teacher: Path) -> None:
@@ -286,8 +287,31 @@ def test_the_plan_covers_every_sample_once() -> None:
 
 
 def test_attention_depths_name_the_layers_of_any_teacher() -> None:
-    depths = CacheSettings().attention_depths
-    assert cache_module.attention_layers(depths, 36) == (12, 24, 35)
-    assert cache_module.attention_layers(depths, 30) == (10, 20, 29)
-    assert cache_module.attention_layers(depths, 2) == (0, 1)
-    assert cache_module.attention_layers((), 30) == ()
+    settings = CacheSettings()
+    assert [settings.attention(layers).layers for layers in (36, 30, 2)] == [(12, 24, 35), (10, 20, 29), (0, 1)]
+    assert CacheSettings(attention_depths=()).attention(30) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"selection": "best"}, "selection"),
+        ({"k": 0}, "k must be"),
+        ({"selection": "hybrid", "draws": 0}, "draws"),
+        ({"selection": "adaptive", "mass": 1.5}, "mass"),
+        ({"attention_rows": "some"}, "rows"),
+    ],
+)
+def test_a_selection_that_cannot_be_is_refused_by_name(asked: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        CacheSettings(**asked)
+
+
+def test_what_has_no_meaning_for_a_selection_is_left_out_of_it() -> None:
+    kinds = [CacheSettings(selection=kind, sample_logprobs=False).chosen() for kind in SELECTIONS]
+    assert kinds == [
+        Selection(kind="topk", k=64),
+        Selection(kind="adaptive", k=64, mass=0.95, floor=1e-3),
+        Selection(kind="hybrid", k=64, draws=12),
+        Selection(kind="sample", draws=12, logprobs=False),
+    ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from shards.contract import AttentionSpec, Selection
 from stages.corpus.sample import Sample
 from stages.teacher_cache.settings import TeacherSettings
 from stages.teacher_cache.signals import TeacherSignal
@@ -14,14 +16,37 @@ from stages.teacher_cache.signals import TeacherSignal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureSpec:
-    """What is kept of each predicted position."""
+    """What is kept of each predicted position; the parts are those of a Contract."""
 
-    k: int
-    """Ids kept."""
-    attention_layers: tuple[int, ...]
-    """Layers summarised, 0-based and rising; may be empty."""
-    attention_top_m: int
-    """Prompt keys kept a row and layer."""
+    selection: Selection
+    curve: tuple[float, ...] = ()
+    attention: AttentionSpec | None = None
+    seed: int = 0
+    """Decides what is drawn, together with the sample's id and the position."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> CaptureSpec:
+        """What `to_json` wrote."""
+        raw = json.loads(text)
+        attention = raw["attention"]
+        if attention is not None:
+            attention = AttentionSpec(**{**attention, "layers": tuple(attention["layers"])})
+        return cls(
+            selection=Selection(**raw["selection"]), curve=tuple(raw["curve"]), attention=attention, seed=raw["seed"]
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers whose attention is summarised, 0-based and rising; may be empty."""
+        return () if self.attention is None else self.attention.layers
+
+    def first_attention_row(self, prompt_length: int) -> int:
+        """The first of a sample's rows whose attention is summarised; the head's first is row P-1."""
+        whole = self.attention is not None and self.attention.rows == "all"
+        return min(1, prompt_length - 1) if whole else prompt_length - 1
 
 
 class TeacherEngine(Protocol):
@@ -41,8 +66,9 @@ class TeacherEngine(Protocol):
     def capture(self, samples: Sequence[Sample]) -> Iterator[TeacherSignal]:
         """One signal a sample, in the order of `samples`, each given out as soon as it and those before it are done.
 
-        Row n of a signal is the teacher's row P-1+n, which predicts response token n. Raises StageError where the
-        teacher cannot be captured faithfully.
+        Row n of a signal is the teacher's row P-1+n, which predicts response token n; where the attention of all rows
+        is asked for, its rows are the teacher's from row 1 on: row 0 sees nothing but itself. Raises StageError where
+        the teacher cannot be captured faithfully.
         """
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch
 
 from stages.corpus.sample import Sample
 from stages.errors import StageError
+from stages.teacher_cache.draws import draw_key
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.vllm.plugin import capturing
-from stages.teacher_cache.engines.vllm.wire import PROMPT_LENGTH, SPEC, TASK, RowLayout
+from stages.teacher_cache.engines.vllm.wire import DRAW_KEY, PROMPT_LENGTH, SPEC, TASK, RowLayout
 from stages.teacher_cache.settings import TeacherSettings
 from stages.teacher_cache.signals import TeacherSignal
 from stages.teacher_cache.teacher import read_facts
@@ -53,13 +53,12 @@ class VllmEngine:
         self.start()
         layout = RowLayout(self._spec)
         names = [self._submit(sample) for sample in samples]
-        done: dict[str, TeacherSignal] = {}
+        done: dict[str, torch.Tensor] = {}
         try:
-            for name in names:
+            for name, sample in zip(names, samples, strict=True):
                 while name not in done:
-                    for output in self._llm.step():
-                        done[output.request_id] = layout.unpack(output.outputs.data)
-                yield done.pop(name)
+                    done |= {output.request_id: output.outputs.data for output in self._llm.step()}
+                yield layout.unpack(done.pop(name), len(sample.response_ids))
         finally:
             self._llm.abort_request([name for name in names if name not in done])
 
@@ -83,7 +82,8 @@ class VllmEngine:
         self._captures += 1
         name = str(self._captures)
         tokens = [*sample.prompt_ids.tolist(), *sample.response_ids[:-1].tolist()]
-        params = PoolingParams(task=TASK, extra_kwargs={PROMPT_LENGTH: len(sample.prompt_ids)})
+        said = {PROMPT_LENGTH: len(sample.prompt_ids), DRAW_KEY: draw_key(self._spec.seed, sample.sample_id)}
+        params = PoolingParams(task=TASK, extra_kwargs=said)
         self._llm.add_request(name, {"prompt_token_ids": tokens}, params)
         return name
 
@@ -98,7 +98,7 @@ class VllmEngine:
             runner="pooling",
             pooler_config=PoolerConfig(task=TASK),
             hf_overrides={"architectures": [architecture], "head_dtype": self._teacher.head_dtype},
-            additional_config={SPEC: asdict(self._spec)},
+            additional_config={SPEC: self._spec.to_json()},
             dtype=self._body_dtype,
             max_model_len=self._teacher.max_model_len,
             max_num_batched_tokens=self._teacher.max_batched_tokens,

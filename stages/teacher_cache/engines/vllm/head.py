@@ -1,7 +1,7 @@
-"""The teacher's head on response rows: top-k, tail and entropy, without ever holding more than one block of logits.
+"""The teacher's head on response rows: kept ids, tail, entropy, curve, without holding more than one block of logits.
 
 The vocabulary may lie split over tensor-parallel ranks. A rank sends its own top k and, once the joint top k is known,
-the two sums of its part of the tail: 2k + 4 numbers a row, never logits.
+the sums of its part of the tail and what was drawn from it: a few numbers a kept id, never logits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -20,8 +21,10 @@ from vllm.distributed import (
 )
 
 from stages.errors import StageError
+from stages.teacher_cache.draws import block_masses, drawn_columns, tally, uniforms
+from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.vllm.wire import write_columns
-from stages.teacher_cache.signals import complete, tail_sums
+from stages.teacher_cache.signals import complete, mask_kept, shorten, tail_sums
 from stages.wide_topk import select_topk
 
 _LOGITS_BYTES = 128 * 2**20
@@ -33,27 +36,27 @@ _CACHE_BYTES = 2 * 2**20
 class ResponseHead:
     """One rank's part of the head. `lm_head` and `logits_processor` are the model's own."""
 
-    def __init__(self, lm_head: Any, logits_processor: Any, k: int) -> None:
+    def __init__(self, lm_head: Any, logits_processor: Any, spec: CaptureSpec) -> None:
         if logits_processor.soft_cap is not None:
             raise StageError("the teacher soft-caps its logits", hint="soft-capped heads are not captured yet")
         shard = lm_head.shard_indices
-        self.k = k
+        self._selection, self._curve = spec.selection, spec.curve
         self.first_id = int(shard.org_vocab_start_index)
         self.width = int(shard.num_org_elements)
-        if k >= self.width:
+        if self._selection.k >= self.width:
             raise StageError(
-                f"cache.k = {k}, but one tensor-parallel rank holds {self.width} ids",
+                f"cache.k = {self._selection.k}, but one tensor-parallel rank holds {self.width} ids",
                 hint="lower cache.k or teacher.tensor_parallel",
             )
         self._lm_head, self._logits_processor = lm_head, logits_processor
         self._weight_fp32: Tensor | None = None
 
-    def summarise(self, hidden_ND: Tensor, rows_NW: Tensor) -> None:
-        """Write ids, log-probs, log tail and entropy of each row of `hidden_ND` into the columns of `rows_NW`."""
+    def summarise(self, hidden_ND: Tensor, keys_N: Tensor, rows_NW: Tensor) -> None:
+        """Write what is kept of each row of `hidden_ND` into the columns of `rows_NW`; `keys_N` decide the draws."""
         step = max(1, _LOGITS_BYTES // (4 * self.width))
         for start in range(0, hidden_ND.shape[0], step):
-            logits_NV = self.logits(hidden_ND[start : start + step])
-            self._reduce(logits_NV, rows_NW[start : start + step])
+            block = slice(start, start + step)
+            self._reduce(self.logits(hidden_ND[block]), keys_N[block], rows_NW[block])
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 logits of this rank's ids, without the padding of the vocabulary."""
@@ -77,20 +80,67 @@ class ResponseHead:
             logits_NV = torch.mm(hidden_ND.float(), self._weight_fp32.t())
         return logits_NV.mul_(self._logits_processor.scale) if self._logits_processor.scale != 1.0 else logits_NV
 
-    def _reduce(self, logits_NV: Tensor, rows_NW: Tensor) -> None:
-        count = logits_NV.shape[0]
+    def _reduce(self, logits_NV: Tensor, keys_N: Tensor, rows_NW: Tensor) -> None:
+        k, count = self._selection.k, logits_NV.shape[0]
         step = max(1, _CACHE_BYTES // (4 * self.width)) if logits_NV.device.type == "cpu" else count
         blocks = [slice(start, start + step) for start in range(0, count, step)]
         # One more than is kept: the largest logit of the tail.
-        local = [select_topk(logits_NV[block], self.k + 1) for block in blocks]
+        local = [select_topk(logits_NV[block], k + 1) for block in blocks]
         values_NC, columns_NC = (torch.cat(parts) for parts in zip(*local, strict=True))
         joint_NC, ids_NC, kept_NC = _join(values_NC, columns_NC + self.first_id)
-        kept_NK, reference_N, ids_NK = joint_NC[:, :-1], joint_NC[:, -1], ids_NC[:, :-1]
-        tail_N2 = torch.cat(
-            [tail_sums(logits_NV[block], columns_NC[block], kept_NC[block], reference_N[block]) for block in blocks]
+        reference_N = joint_NC[:, -1].contiguous()
+        sums, masses = [], []
+        for block in blocks:
+            mask_kept(logits_NV[block], columns_NC[block], kept_NC[block], reference_N[block])
+            sums.append(tail_sums(logits_NV[block], reference_N[block], self._curve))
+            if self._selection.draws:
+                masses.append(block_masses(logits_NV[block], reference_N[block]))
+        sums_NJ2 = tensor_model_parallel_all_reduce(torch.cat(sums))
+        ids_NK, exact_NK = ids_NC[:, :-1], joint_NC[:, :-1]
+        logprobs_NK, log_tail_N, entropy_N, curve_NJ = complete(exact_NK, reference_N, sums_NJ2, self._curve)
+        if self._selection.kind == "adaptive":
+            ids_NK, logprobs_NK, log_tail_N, curve_NJ = shorten(
+                ids_NK,
+                logprobs_NK,
+                log_tail_N,
+                curve_NJ,
+                mass=self._selection.mass,
+                floor=self._selection.floor,
+                curve=self._curve,
+            )
+        drawn = []
+        if self._selection.draws:
+            drawn_ND, counts_ND, delta_ND = self._draw(logits_NV, reference_N, torch.cat(masses), keys_N, blocks)
+            power_N = sums_NJ2[:, 0, 0]
+            ids_NK = torch.cat([ids_NK, drawn_ND], dim=-1)
+            logprobs_NK = torch.cat([logprobs_NK, delta_ND + (log_tail_N - power_N.log())[:, None]], dim=-1)
+            drawn = [torch.cat([counts_ND.new_zeros(count, k), counts_ND], dim=-1).int()]
+        write_columns(rows_NW, ids_NK.int(), logprobs_NK, *drawn, log_tail_N, entropy_N, curve_NJ)
+
+    def _draw(
+        self, logits_NV: Tensor, reference_N: Tensor, masses_NC: Tensor, keys_N: Tensor, blocks: list[slice]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Distinct ids drawn from the tail, how often, and their logits above the reference."""
+        rank = get_tensor_model_parallel_rank()
+        shares_NR = _gather_doubles(masses_NC.sum(dim=-1, keepdim=True))
+        bounds_NR = pad(shares_NR.cumsum(dim=-1), (1, 0))
+        targets_ND = uniforms(keys_N, self._selection.draws) * bounds_NR[:, -1:]
+        # Every rank compares with the same bounds, so that each draw is exactly one rank's.
+        owner_ND = torch.searchsorted(bounds_NR[:, 1:-1].contiguous(), targets_ND, right=True)
+        targets_ND = (targets_ND - bounds_NR[:, rank, None]).clamp_(min=0)
+        columns_ND = torch.cat(
+            [
+                drawn_columns(logits_NV[block], reference_N[block], masses_NC[block], targets_ND[block])
+                for block in blocks
+            ]
         )
-        tail_N2 = tensor_model_parallel_all_reduce(tail_N2)
-        write_columns(rows_NW, ids_NK.int(), *complete(kept_NK, reference_N, tail_N2))
+        delta_ND = logits_NV.gather(1, columns_ND) - reference_N[:, None]
+        # The other ranks add nothing to a draw. An id below 2^24 is exact in single precision.
+        mine_ND1 = (owner_ND == rank)[..., None]
+        found_ND2 = torch.stack([(columns_ND + self.first_id).float(), delta_ND], dim=-1) * mine_ND1
+        ids_ND, delta_ND = tensor_model_parallel_all_reduce(found_ND2).unbind(dim=-1)
+        ids_ND, delta_ND, counts_ND = tally(ids_ND.long(), delta_ND, by_count=not self._selection.logprobs)
+        return ids_ND, counts_ND, delta_ND
 
 
 def _join(values_NC: Tensor, ids_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,6 +157,13 @@ def _join(values_NC: Tensor, ids_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kept = torch.zeros_like(all_ids, dtype=torch.bool).scatter_(1, where_NC[:, :-1], True)
     own = get_tensor_model_parallel_rank() * candidates
     return joint_NC, all_ids.gather(1, where_NC), kept[:, own : own + candidates]
+
+
+def _gather_doubles(own_N1: Tensor) -> Tensor:
+    """[N, ranks]. Each goes as two floats, since not every backend gathers doubles: 48 bits, the same on all ranks."""
+    large_N1 = own_N1.float()
+    message_N2 = torch.cat([large_N1, (own_N1 - large_N1).float()], dim=-1)
+    return tensor_model_parallel_all_gather(message_N2, dim=-1).double().unflatten(1, (-1, 2)).sum(dim=-1)
 
 
 @contextmanager

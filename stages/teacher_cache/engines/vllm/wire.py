@@ -1,17 +1,20 @@
 """What crosses between the adapter and vLLM's workers; imports no vLLM, so that both sides may.
 
-A request's signal comes back as a single int32 tensor, since a pooling model answers with one tensor a request; floats
-travel as their bit patterns. Columns: ids K | log-probs K | log tail | entropy, then for each layer: positions M |
-weights M | sink | prompt mass | entropy.
+A pooling model answers with one tensor a request: here a flat int32 one, floats as their bit patterns. First the head's
+rows [N, W]: ids K | log-probs K | draws K, where there are draws | log tail | entropy | curve 2J. Then, for each
+summarised layer, its rows [A, W']: positions M | weights M | sink | prompt mass | entropy. A = N, or all the sample's
+rows but the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from shards.contract import DRAWN
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.signals import AttentionSignal, TeacherSignal
 
@@ -19,8 +22,10 @@ TASK = "token_classify"
 """The pooling task whose answer is one row a token; vLLM leaves its rows to the pooler."""
 PROMPT_LENGTH = "prompt_length"
 """Key of a request's P in `PoolingParams.extra_kwargs`."""
+DRAW_KEY = "draw_key"
+"""Key of a request's `draws.draw_key` there."""
 SPEC = "teacher_capture"
-"""Key of the CaptureSpec's fields in vLLM's `additional_config`."""
+"""Key of the CaptureSpec, as JSON, in vLLM's `additional_config`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,38 +35,36 @@ class RowLayout:
     spec: CaptureSpec
 
     @property
-    def head_width(self) -> int:
-        return 2 * self.spec.k + 2
+    def head_widths(self) -> tuple[int, ...]:
+        kept = self.spec.selection.most_kept
+        drawn = kept if self.spec.selection.kind in DRAWN else 0
+        return kept, kept, drawn, 1, 1, 2 * len(self.spec.curve)
 
     @property
-    def layer_width(self) -> int:
-        return 2 * self.spec.attention_top_m + 3
+    def attention_widths(self) -> tuple[int, ...]:
+        kept = 0 if self.spec.attention is None else self.spec.attention.top_m
+        return kept, kept, 1, 1, 1
 
-    @property
-    def width(self) -> int:
-        return self.head_width + len(self.spec.attention_layers) * self.layer_width
-
-    def layer(self, rows_NW: Tensor, index: int) -> Tensor:
-        """The columns of the index-th summarised layer."""
-        start = self.head_width + index * self.layer_width
-        return rows_NW[:, start : start + self.layer_width]
-
-    def unpack(self, rows_NW: Tensor) -> TeacherSignal:
-        """The signal that a request's rows spell."""
-        k = self.spec.k
-        ids_NK, logprobs_NK, log_tail_N, entropy_N = _split(rows_NW[:, : self.head_width], (k, k, 1, 1))
+    def unpack(self, answer: Tensor, positions: int) -> TeacherSignal:
+        """The signal of a sample with N = `positions` that a request's answer spells."""
+        head_width = sum(self.head_widths)
+        head, attention = answer[: positions * head_width], answer[positions * head_width :]
+        ids_NK, logprobs_NK, draws_NK, log_tail_N, entropy_N, curve_NJ = _split(
+            head.view(positions, head_width), self.head_widths
+        )
         return TeacherSignal(
             ids_NK=ids_NK,
-            logprobs_NK=as_float(logprobs_NK),
+            logprobs_NK=as_float(logprobs_NK) if self.spec.selection.logprobs else None,
+            draws_NK=draws_NK if self.spec.selection.kind in DRAWN else None,
             log_tail_N=as_float(log_tail_N)[:, 0],
             entropy_N=as_float(entropy_N)[:, 0],
-            attention=self._unpack_attention(rows_NW) if self.spec.attention_layers else None,
+            curve_NJ=as_float(curve_NJ) if self.spec.curve else None,
+            attention=self._unpack_attention(attention) if self.spec.layers else None,
         )
 
-    def _unpack_attention(self, rows_NW: Tensor) -> AttentionSignal:
-        m, layers = self.spec.attention_top_m, len(self.spec.attention_layers)
-        rows_LNW = torch.stack([self.layer(rows_NW, index) for index in range(layers)])
-        positions_LNM, weights_LNM, sink, prompt, entropy = _split(rows_LNW, (m, m, 1, 1, 1))
+    def _unpack_attention(self, answer: Tensor) -> AttentionSignal:
+        rows_LNW = answer.view(len(self.spec.layers), -1, sum(self.attention_widths))
+        positions_LNM, weights_LNM, sink, prompt, entropy = _split(rows_LNW, self.attention_widths)
         return AttentionSignal(
             positions_LNM=positions_LNM,
             weights_LNM=as_float(weights_LNM),
@@ -69,6 +72,11 @@ class RowLayout:
             prompt_LN=as_float(prompt)[..., 0],
             entropy_LN=as_float(entropy)[..., 0],
         )
+
+
+def pack(head_NW: Tensor, layers_AW: Sequence[Tensor]) -> Tensor:
+    """A request's answer from its head's rows and those of each layer."""
+    return torch.cat([head_NW.flatten(), *(rows_AW.flatten() for rows_AW in layers_AW)])
 
 
 def _split(columns: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
