@@ -163,7 +163,8 @@ def _gather_doubles(own_N1: Tensor) -> Tensor:
     """[N, ranks]. Each goes as two floats, since not every backend gathers doubles: 48 bits, the same on all ranks."""
     large_N1 = own_N1.float()
     message_N2 = torch.cat([large_N1, (own_N1 - large_N1).float()], dim=-1)
-    return tensor_model_parallel_all_gather(message_N2, dim=-1).double().unflatten(1, (-1, 2)).sum(dim=-1)
+    gathered: Tensor = tensor_model_parallel_all_gather(message_N2, dim=-1)
+    return gathered.double().unflatten(1, (-1, 2)).sum(dim=-1)
 
 
 @contextmanager
