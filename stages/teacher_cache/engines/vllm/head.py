@@ -164,7 +164,7 @@ def _gather_doubles(own_N1: Tensor) -> Tensor:
     large_N1 = own_N1.float()
     message_N2 = torch.cat([large_N1, (own_N1 - large_N1).float()], dim=-1)
     gathered: Tensor = tensor_model_parallel_all_gather(message_N2, dim=-1)
-    return gathered.double().unflatten(1, (-1, 2)).sum(dim=-1)
+    return gathered.double().view(-1, gathered.shape[1] // 2, 2).sum(dim=-1)
 
 
 @contextmanager
