@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from selections import SELECTIONS, record_of
 
 from shards.record import Record
 from stages.distill.batches import assemble
-from stages.distill.losses.attention import TeacherAttention, attention_kl, student_layers
+from stages.distill.losses.attention import TeacherAttention, attention_kl, encoder_attention_kl, student_layers
 
 
 def oracle(student: list[list[float]], positions: list[int], weights: list[float], prompt: float, row: int) -> float:
@@ -53,6 +54,30 @@ def test_equal_to_the_oracle_key_by_key(record: Callable[..., Record], seed: int
     got = attention_kl(students, batch.attention)
     assert want > 1
     assert float(got) == pytest.approx(want / 2, rel=1e-4)
+
+
+def test_the_encoders_term_is_the_mean_over_a_prompts_rows_key_by_key() -> None:
+    torch.manual_seed(0)
+    records = [record_of(index, SELECTIONS["topk"]) for index in range(20)]
+    batch = assemble(records, 0)
+    prompt = batch.encoder_attention
+    assert prompt is not None
+    width = batch.prompt_ids_BP.shape[1]
+    attention_BPP = [torch.randn(len(records), width, width).softmax(2) for _ in range(2)]
+    want = 0.0
+    for b, one in enumerate(records):
+        summary, rows = one.attention, max(one.prompt_ids_P.size - 2, 0)
+        assert summary is not None
+        for layer in range(2):
+            for row in range(rows):
+                t = row + 1  # the rows are those of positions 1 .. P-2; such a row sees keys 0 .. t
+                seen = [[float(x) for x in attention_BPP[layer][b, t, : t + 1].double()]]
+                cached = summary.positions_LNM[layer, row].tolist(), summary.weights_LNM[layer, row].tolist()
+                value = oracle(seen, *cached, float(summary.prompt_LN[layer, row]), 0)
+                want += value / 2 * one.positions / rows
+    got = encoder_attention_kl([look.flatten(0, 1)[prompt.rows_N] for look in attention_BPP], prompt)
+    assert want > 1
+    assert float(got) == pytest.approx(want, rel=1e-4)
 
 
 def teacher(positions: list[int], weights: list[float], prompt: float) -> TeacherAttention:

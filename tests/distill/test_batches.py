@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from selections import SELECTIONS, record_of
 
 from shards.record import Record
 from stages.distill.batches import Prefetcher, assemble
@@ -59,6 +60,61 @@ def test_each_row_reads_the_token_before_its_label_and_carries_its_own_teacher_r
             np.testing.assert_array_equal(batch.attention.prompt_LN[:, row], one.attention.prompt_LN[:, n])
             row += 1
     assert row == batch.positions
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_every_selection_becomes_rows_that_say_what_is_exact_drawn_and_absent(name: str) -> None:
+    selection = SELECTIONS[name]
+    made = [record_of(index, selection) for index in range(12)]
+    teacher = assemble(made, START).teacher
+    row = 0
+    for one in made:
+        for n in range(one.positions):
+            ids = [int(token) for token in one.ids_NK[n] if token >= 0]
+            width = len(ids)
+            assert teacher.ids_NK[row, :width].tolist() == ids
+            assert teacher.present_NK[row].tolist() == [k < width for k in range(teacher.ids_NK.shape[1])]
+            assert (teacher.ids_NK[row, width:] == ids[0]).all(), "absent ids must be ids"
+            draws = np.zeros(width) if one.draws_NK is None else one.draws_NK[n, :width].astype(float)
+            assert teacher.exact_NK[row, :width].tolist() == [count == 0 for count in draws]
+            assert not teacher.exact_NK[row, width:].any()
+            share = teacher.log_share_NK[row].exp()
+            assert (share[width:] == 0).all()
+            tail = float(np.exp(one.log_tail_N[n]))
+            assert share[:width][draws > 0].tolist() == pytest.approx(tail * draws[draws > 0] / max(draws.sum(), 1))
+            if selection.draws:
+                assert share.sum().item() == pytest.approx(1, abs=1e-5), "exact and drawn shares are a target"
+            if one.logprobs_NK is None:
+                assert teacher.log_kept_NK[row, :width].isnan().all()
+            else:
+                kept = teacher.log_kept_NK[row].exp()
+                assert (kept[width:] == 0).all()
+                assert (kept.sum() + teacher.log_rest_N[row].exp()).item() == pytest.approx(1, abs=1e-5)
+                assert share[:width][draws == 0].tolist() == pytest.approx(kept[:width][draws == 0].tolist())
+            assert teacher.log_tail_N[row] == one.log_tail_N[n]
+            assert teacher.entropy_N[row] == one.entropy_N[n]
+            row += 1
+    assert (teacher.curve_NJ is None) == (name == "counts")
+    if teacher.curve_NJ is not None:
+        np.testing.assert_array_equal(teacher.curve_NJ, np.concatenate([one.curve_NJ for one in made]))
+
+
+def test_a_prompts_rows_are_told_from_those_of_the_response() -> None:
+    made = [record_of(index, SELECTIONS["topk"]) for index in range(20)]
+    batch = assemble(made, START)
+    prompt, width = batch.encoder_attention, batch.prompt_ids_BP.shape[1]
+    assert batch.attention is not None
+    assert prompt is not None
+    places = [(b, t) for b, one in enumerate(made) for t in range(1, one.prompt_ids_P.size - 1)]
+    assert prompt.rows_N.tolist() == [b * width + t for b, t in places]
+    assert prompt.queries_N.tolist() == [t for _, t in places]
+    summaries = [one.attention for one in made if one.attention is not None]
+    responses = [summary.prompt_LN[:, -one.positions :] for one, summary in zip(made, summaries, strict=True)]
+    np.testing.assert_array_equal(batch.attention.prompt_LN, np.concatenate(responses, 1))
+    prompts = [summary.prompt_LN[:, : -one.positions] for one, summary in zip(made, summaries, strict=True)]
+    np.testing.assert_array_equal(prompt.teacher.prompt_LN, np.concatenate(prompts, 1))
+    taught = sum(one.positions for one in made if one.prompt_ids_P.size > 2)
+    assert prompt.weights_N.sum().item() == pytest.approx(taught)
 
 
 def test_masks_come_from_lengths_even_where_tokens_look_like_padding(records: list[Record]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from shards.reader import ShardSet
 from stages.distill.optimizer import parameter_groups
-from stages.distill.settings import DistillSettings
+from stages.distill.settings import DistillSettings, ObjectiveSettings
 from stages.distill.start import fresh_student
 from stages.errors import StageError
 from stages.events import Progress
@@ -55,6 +55,15 @@ def test_T2_two_ranks_under_zero_3_train_as_one_does(alone: Any, pair: Any) -> N
         assert getattr(pair.result.validation, field) == pytest.approx(want, rel=1e-5)
     assert pair.result.validation.positions == alone.result.validation.positions
     assert pair.result.positions == alone.result.positions
+
+
+def test_T2_two_ranks_measure_one_difficulty(start_ranks: StartRanks, train_here: TrainHere, tmp_path: Path) -> None:
+    adaptive = ObjectiveSettings(kd="conditional_kl", temperature_mode="adaptive", temperature=1.4)
+    short = {"objective": adaptive, "epochs": 2, "validate_every": 1000}
+    one = train_here(tmp_path / "one", **short)
+    two = start_ranks(tmp_path / "two", 2, **short).join()
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert len(two.losses) == 6
 
 
 def test_T2_a_world_that_does_not_divide_is_refused_with_those_that_do(start_ranks: StartRanks, tmp_path: Path) -> None:

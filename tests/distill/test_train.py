@@ -179,6 +179,29 @@ def test_T1_asked_to_stop_it_saves_and_goes_on_bit_for_bit(
     assert resumed.result.positions == undisturbed.result.positions
 
 
+ADAPTIVE = ObjectiveSettings(
+    kd="ghost_kl", temperature_mode="adaptive", temperature=1.4, kd_final=0.5, ce_final=3.0, weight_shape="cosine"
+)
+
+
+def test_T1_temperatures_that_follow_difficulty_go_on_bit_for_bit_and_know_no_micro_batch(
+    train_here: TrainHere, tmp_path: Path
+) -> None:
+    whole = train_here(tmp_path / "whole", objective=ADAPTIVE)
+    metrics = [event.values for event in whole.events if isinstance(event, Metric) and "loss" in event.values]
+    temperatures = [values["temperature"] for values in metrics]
+    assert temperatures[0] == pytest.approx(1.4), "before anything was measured"
+    assert 1 < temperatures[4] != pytest.approx(1.2, abs=1e-6), "the base alone"
+    resumed = train_here(copy_until(tmp_path / "whole", tmp_path / "resumed", 6), objective=ADAPTIVE)
+    assert resumed.losses == {step: whole.losses[step] for step in (7, 8, 9)}
+    assert same(resumed.weights, whole.weights)
+    smaller = train_here(tmp_path / "smaller", objective=ADAPTIVE, micro_batch=2)
+    assert smaller.losses == pytest.approx(whole.losses, rel=1e-5)
+    first, last = metrics[0], metrics[-1]
+    assert first["loss"] == pytest.approx(first["kd"] + 0.1 * first["ce"] + 0.1 * first["attention"], rel=1e-6)
+    assert last["loss"] == pytest.approx(0.5 * last["kd"] + 0.3 * last["ce"], rel=1e-6)
+
+
 @pytest.mark.parametrize("damage", ["tensors", "manifest", "half a manifest", "no tensors"])
 def test_T3_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     damage: str, undisturbed: Any, train_here: TrainHere, tmp_path: Path
