@@ -82,6 +82,10 @@ export-model: setup ## copy a finished model, card and all, to a new folder (OUT
 share: setup ## write the dataset card of a shard set (SHARDS=folder)
 	@$(CLI) share $(SHARDS)
 
+.PHONY: serve
+serve: setup ## the newest student (or NAME=run) over HTTP on this machine, in OpenAI's protocol
+	@$(CLI) serve $(NAME)
+
 .PHONY: reference
 reference: setup ## write docs/cli.md anew from the command line itself
 	@PYTHONPATH=. .venv/bin/typer cli.py utils docs --name "python cli.py" --title "The command line" --output docs/cli.md

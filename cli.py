@@ -177,6 +177,46 @@ def generate(
     typer.echo(answer.text)
 
 
+@app.command()
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            autocompletion=_run_names, metavar="[RUN | NAME=FOLDER]…", help="[default: the newest finished run]"
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 is any free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="MINICODFORMER_API_KEY", help="Ask for this key; the variable hides it from `ps`."),
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Answers written together.")] = 32,
+    queue: Annotated[int, typer.Option(min=0, help="Answers that may wait for a slot; then 429.")] = 64,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 4096,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer that may be asked for.")] = 1024,
+    drain_seconds: Annotated[float, typer.Option(min=0.0, help="Time to finish answers when stopped.")] = 30.0,
+) -> None:
+    """Serve students over HTTP.
+
+    OpenAI's protocol below /v1, and /health, /ready and /metrics.
+    """
+    from pipeline import serving
+
+    serving.serve(
+        models or [],
+        typer.echo,
+        host=host,
+        port=port,
+        api_key=api_key,
+        slots=slots,
+        queue=queue,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        drain_seconds=drain_seconds,
+    )
+
+
 @app.command("inspect-shard")
 def inspect_shard(
     path: Annotated[Path, typer.Argument(help="A .arrow shard, or a folder of them.")],

@@ -109,8 +109,8 @@ def evaluate(run: RunFolder, *, shards: Path | None) -> Mapping[str, Any]:
     from stages.distill.evaluate import evaluate_model
     from stages.inference.generate import Student
 
-    _require_model(run)
-    _silence_loading_bars()
+    require_model(run)
+    silence_loading_bars()
     settings = run.recipe().generation
     with run.lock("evaluate"), listening(run.events) as emit:
         shard_set = ShardSet(shards or run.shards)
@@ -157,8 +157,8 @@ def generate(run: RunFolder, prompts: Sequence[str], **sampling: Any) -> list[Ge
     """Answer prompts with the run's student."""
     from stages.inference.generate import Student
 
-    _require_model(run)
-    _silence_loading_bars()
+    require_model(run)
+    silence_loading_bars()
     return Student.load(run.final_model).generate(prompts, **sampling)
 
 
@@ -169,14 +169,14 @@ def newest_run(root: Path = Path("runs")) -> RunFolder:
     return RunFolder(newest_model(root).parent)
 
 
-def _silence_loading_bars() -> None:
+def silence_loading_bars() -> None:
     """A student is read in a moment: transformers' bar for it would only stand between the lines of ours."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
 
 
-def _require_model(run: RunFolder) -> None:
+def require_model(run: RunFolder) -> None:
     if not run.final_model.is_dir():
         raise PipelineError(
             f"{run.path} has no final model yet", hint="run make distill first; it resumes where it stopped"

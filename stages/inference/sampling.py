@@ -16,8 +16,8 @@ from torch import Tensor
 MAX_LOGPROBS = 20
 _LIKELY_NUCLEUS = 256
 """Tokens that hold a nucleus nearly always; where they do not, the whole vocabulary is sorted."""
-_LOWEST_TEMPERATURE = 1e-30
-"""What a temperature above 0 is raised to, so that fp32 can divide by it. Far below it, draws are greedy already."""
+_LOWEST = 1e-30
+"""What a temperature or top_p above 0 is raised to, so that fp32 can hold it. Far below, draws are greedy already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +61,13 @@ def next_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequ
             continue
         device = logits_BV.device
         scores_RV = logits_BV[rows].float()
-        temperature_R1 = torch.tensor([[max(samplings[row].temperature, _LOWEST_TEMPERATURE)] for row in rows])
+        temperature_R1 = torch.tensor([[max(samplings[row].temperature, _LOWEST)] for row in rows])
         # The best score becomes 0, so that the division cannot overflow upwards however low the temperature is.
         scores_RV = (scores_RV - scores_RV.amax(-1, keepdim=True)) / temperature_R1.to(device)
         uniform_R1 = torch.tensor([[uniforms[row]] for row in rows], dtype=torch.float64, device=device)
         probs_RV = scores_RV.softmax(-1)
         if nucleus:
-            top_p_R1 = torch.tensor([[samplings[row].top_p] for row in rows], device=device)
+            top_p_R1 = torch.tensor([[max(samplings[row].top_p, _LOWEST)] for row in rows], device=device)
             probs_RK, ids_RK = _nucleus(probs_RV, top_p_R1)
             drawn_R1 = ids_RK.gather(-1, _inverse_cdf(probs_RK, uniform_R1))
         else:

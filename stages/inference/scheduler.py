@@ -121,6 +121,11 @@ class Scheduler:
         """Whether `submit` may succeed."""
         return self._taking
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread works. Only an error of our own ends it before `close`."""
+        return self._thread.is_alive()
+
     def close(self, patience: float = 0.0) -> bool:
         """Refuse new answers, give those under way `patience` seconds, and end the thread: were all finished?
 

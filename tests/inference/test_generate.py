@@ -133,9 +133,9 @@ def test_draws_follow_the_softmax_at_the_temperature_within_top_p() -> None:
         assert error[kept > 0].max() < 4.5, "further from the softmax than chance allows"
 
 
-def test_a_tiny_temperature_is_greedy_and_not_nan(student: Student, answers: dict[str, str]) -> None:
-    for top_p in (1.0, 0.5):
-        (generation,) = student.generate("count", temperature=1e-38, top_p=top_p)
+def test_the_tiniest_temperature_and_top_p_are_greedy(student: Student, answers: dict[str, str]) -> None:
+    for temperature, top_p in ((1e-38, 1.0), (5e-324, 0.5), (5e-324, 5e-324), (50.0, 5e-324)):
+        (generation,) = student.generate("count", temperature=temperature, top_p=top_p)
         assert generation.text == answers["count"]
 
 

@@ -1,0 +1,36 @@
+"""The students that a server offers: a table that is fixed when it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import StageError
+from stages.inference.generate import Student
+
+NAME = re.compile(r"[a-z0-9._-]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A student under the name by which requests ask for it."""
+
+    name: str
+    student: Student
+    fingerprint: str
+    """Of the weights."""
+    created: int
+    """When they were written, in seconds since 1970."""
+
+    @classmethod
+    def load(cls, name: str, folder: Path) -> ServedModel:
+        """Raises StageError where the folder holds no student, or the name is none."""
+        if not NAME.fullmatch(name):
+            raise StageError(f"{name!r} cannot name a served model", hint="use a-z, 0-9, '.', '_' and '-'")
+        student = Student.load(folder)
+        weights = folder / "model.safetensors"
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(name=name, student=student, fingerprint=f"fp_{digest[:12]}", created=int(weights.stat().st_mtime))
