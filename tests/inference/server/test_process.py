@@ -32,7 +32,7 @@ def process(folder: Path, *options: str, home: Path) -> Iterator[tuple[subproces
         try:
             assert server.stdout is not None
             line = server.stdout.readline()
-            found = re.search(r"serving m at (http://127\.0\.0\.1:\d+) ", line)
+            found = re.search(r"serving m at (http://\S+) ", line)
             assert found, (line, server.stderr and server.stderr.read())
             yield server, found[1]
         finally:

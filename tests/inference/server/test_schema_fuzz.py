@@ -11,7 +11,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-EXAMPLES = 300
+EXAMPLES = 200
 """For each operation."""
 MODEL = "learnt-3.answers"
 
