@@ -106,6 +106,20 @@ def test_objects_are_named_by_their_content_and_the_manifest_is_the_commit(
         seal(url, contract, infos[:2], teacher_folder=manifest.teacher_folder)
 
 
+def test_objects_copied_into_a_folder_as_they_are_read_there(
+    tmp_path: Path, store: ObjectStore, url: str, contract: Contract, records: list[Record]
+) -> None:
+    manifest = fill(url, contract, records)
+    for name, data in store.files(url).items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    copy = ShardSet(tmp_path)
+    copy.verify()
+    assert copy.manifest == manifest
+    assert {path.name for path in copy.teacher_folder.iterdir()} == set(TEACHER)
+
+
 def test_opening_a_split_fetches_no_shard(
     store: ObjectStore, url: str, cache: ObjectCache, contract: Contract, records: list[Record]
 ) -> None:
