@@ -219,25 +219,42 @@ def serve(
 
 @app.command("inspect-shard")
 def inspect_shard(
-    path: Annotated[Path, typer.Argument(help="A .arrow shard, or a folder of them.")],
-    record: Annotated[int | None, typer.Option("--record", min=0, help="Decode this record too.")] = None,
+    path: Annotated[str, typer.Argument(help="A .arrow shard, the folder of a shard set, or the URL of either.")],
+    sample: Annotated[int | None, typer.Option("--sample", min=0, help="Show this sample too.")] = None,
+    positions: Annotated[
+        list[int] | None,
+        typer.Option("--position", min=0, help="A response token to show. [default: where the teacher was least sure]"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a shard holds.
+    """Show what a shard or a set holds.
 
-    Its contract, sizes by part and coverage; with --record, one decoded record.
+    Its contract, sizes by part, coverage, entropy and checksums; with --sample, one sample's text and, at some of its
+    positions, the teacher's alternatives and what it attended to.
     """
-    from pipeline.inspection import inspect
+    from pipeline.inspection import inspection_lines
 
-    _print(inspect(path, record=record, as_json=as_json))
+    _print(inspection_lines(path, sample=sample, positions=positions, as_json=as_json))
 
 
 @app.command("verify-shards")
-def verify_shards(path: Annotated[Path, typer.Argument(help="The folder of a shard set.")]) -> None:
-    """Check every byte of a shard set."""
+def verify_shards(
+    path: Annotated[str, typer.Argument(help="The folder or URL of a shard set.")],
+    set_aside: Annotated[
+        bool, typer.Option("--quarantine", help="Set damaged files aside, for stage one to make anew.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte of a shard set.
+
+    Exits with 1 where a file is damaged or missing, and names it.
+    """
     from pipeline.inspection import verify
 
-    _print(verify(path))
+    intact, lines = verify(path, set_aside=set_aside, as_json=as_json)
+    _print(lines)
+    if not intact:
+        raise typer.Exit(1)
 
 
 @app.command()

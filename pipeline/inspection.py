@@ -1,55 +1,73 @@
-"""Shards looked at from the command line: the facts of `shards.inspect` as lines, with tokens turned into text."""
+"""Shards looked at from the command line: the facts of `shards.inspect` and `shards.verify` as lines or JSON."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UsageError
-from shards.contract import Selection
-from shards.inspect import Decode, InspectedRecord, Inspection, Spread, inspect_shard, verify_shards
-from shards.manifest import TEACHER_FOLDER, read_manifest
+from pipeline.json_output import json_text
+from pipeline.sinks import listening
+from shards.contract import Contract, Selection
+from shards.inspect import Inspection, Request, Spread, inspect
+from shards.sample_view import Alternative, Decode, LayerView, SampleView, Token
+from shards.verify import VerifyReport, quarantine, verify_shards
+from stages.events import Progress
 
-_SHOWN_POSITIONS = 12
+_SHOWN_KEYS = 6
+"""Of a layer, in lines; JSON has all."""
 
 
-def inspect(path: Path, *, record: int | None, as_json: bool) -> list[str]:
-    """Describe a shard, or a set by its totals and its first shard. Raises PipelineError where nothing is there."""
-    if not path.exists():
-        raise PipelineError(f"no shard {path}", hint="give a .arrow file or the folder of a shard set")
-    lines: list[str] = []
-    if path.is_dir():
-        manifest = read_manifest(path)
-        totals = manifest.totals()
-        lines = [f"{path}: {', '.join(f'{count:,} {name}' for name, count in totals.items())}", ""]
-        path = path / manifest.shards[0].name
+def location(text: str) -> Path | str:
+    """A path or a URL. Raises PipelineError where a path leads nowhere."""
+    if "://" in text:
+        return text
+    if not Path(text).exists():
+        raise PipelineError(f"no shards at {text}", hint="give a .arrow file, the folder of a shard set, or its URL")
+    return Path(text)
+
+
+def inspection_lines(place: str, *, sample: int | None, positions: Sequence[int] | None, as_json: bool) -> list[str]:
+    """Describe a shard or a set. Raises PipelineError where nothing is there, UsageError for no such sample."""
+    show = None if sample is None else Request(sample=sample, positions=positions, decoder=_decoder)
     try:
-        inspection = inspect_shard(path, record=record, decode=_decoder(path.parent))
+        facts = inspect(location(place), show=show)
     except ValueError as error:
-        raise UsageError(str(error), hint="count records from 0") from error
-    if as_json:
-        return [json.dumps(dataclasses.asdict(inspection), default=str, ensure_ascii=False, indent=2)]
-    return lines + _shard_lines(inspection)
+        raise UsageError(str(error), hint="samples and positions are counted from 0") from error
+    return [json_text(facts)] if as_json else _lines(facts)
 
 
-def verify(path: Path) -> list[str]:
-    """Check a set. Raises PipelineError listing every damaged file."""
-    report = verify_shards(path)
-    if not report.intact:
-        damage = "; ".join(report.damage.values())
-        raise PipelineError(
-            f"{len(report.damage)} damaged: {damage}",
-            hint="restore these files from a copy, or delete the shard folder and run stage one again",
-        )
+def verify(place: str, *, set_aside: bool, as_json: bool) -> tuple[bool, list[str]]:
+    """Check a set, with progress; whether it is intact, and lines. Damaged files are set aside where asked for."""
+    where = location(place)
+    with listening() as emit:
+
+        def told(done: int, total: int) -> None:
+            emit(Progress(stage="verify-shards", done=done, total=total, unit="bytes"))
+
+        report = verify_shards(where, progress=None if as_json else told)
+    if set_aside and not report.intact:
+        quarantine(where, report)
+    return report.intact, [json_text(report)] if as_json else _verdict(report, set_aside=set_aside)
+
+
+def _verdict(report: VerifyReport, *, set_aside: bool) -> list[str]:
+    if report.intact:
+        found = f"{report.shards} shards and {report.teacher_files} teacher files, {report.bytes:,} bytes"
+        return [f"{report.where}: {found}, all intact"]
+    remedy = "run stage one again: it makes anew what is in quarantine/ and nothing else"
+    if not set_aside:
+        remedy = "restore these files from a copy, or set them aside with --quarantine and run stage one again"
     return [
-        f"{path}: {report.shards} shards and {report.teacher_files} teacher files, {report.bytes:,} bytes, all intact"
+        f"{report.where}: {len(report.damage)} damaged",
+        *(f"  {name}: {what}" for name, what in report.damage.items()),
+        f"hint: {remedy}",
     ]
 
 
-def _decoder(folder: Path) -> Decode | None:
-    """The set's own tokenizer; a shard that travels alone shows ids."""
-    file = folder / TEACHER_FOLDER / "tokenizer.json"
+def _decoder(teacher_folder: Path) -> Decode | None:
+    file = teacher_folder / "tokenizer.json"
     if not file.is_file():
         return None
     from tokenizers import Tokenizer
@@ -58,38 +76,37 @@ def _decoder(folder: Path) -> Decode | None:
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
-def _shard_lines(inspection: Inspection) -> list[str]:
-    contract = inspection.contract
-    attention = contract.attention
-    facts = {
-        "shard": f"{inspection.path} ({inspection.unit}, split {inspection.split})",
-        "integrity": inspection.damage or "every byte as written",
-        "records": f"{inspection.records:,}",
-        "positions": f"{inspection.positions:,} predicted, {inspection.entries / inspection.positions:.1f} ids each",
-        "bytes": f"{inspection.bytes:,}",
-        "a position": "  ".join(f"{part} {size:.1f}" for part, size in inspection.bytes_per_position.items()),
-        "coverage": _spread(inspection.coverage),
-        "entropy": _spread(inspection.entropy) + " nats",
-        "teacher": f"{contract.teacher}  {contract.teacher_fingerprint[:12]}",
-        "engine": f"{contract.engine}, {contract.dtype}",
-        "selection": f"{_selection(contract.selection)} of {contract.vocab_size:,}, codec {contract.codec}",
-        "attention": f"layers {', '.join(map(str, attention.layers))}, top {attention.top_m}" if attention else "none",
-        "corpus": contract.corpus_fingerprint[:12],
+def _lines(facts: Inspection) -> list[str]:
+    kept = facts.entries / facts.positions
+    checked = f"{len(facts.looked_into)} of {facts.shards} shards" if facts.shards > 1 else "every byte"
+    rows = {
+        **_contract_rows(facts.contract),
+        "where": facts.where,
+        "holds": f"{facts.shards:,} shards, {facts.records:,} records, {facts.positions:,} positions, "
+        f"{kept:.1f} ids each, {facts.bytes:,} bytes",
+        "a position": "  ".join(f"{part} {size:.1f}" for part, size in facts.bytes_per_position.items()) + "  bytes",
+        "columns": "  ".join(f"{name} {size:,}" for name, size in facts.bytes_by_column.items()) + "  bytes",
+        "coverage": _spread(facts.coverage),
+        "entropy": f"{_spread(facts.entropy)} nats",
+        "checksum": f"{checked} as written" if facts.checksum.intact else "; ".join(facts.checksum.damage.values()),
     }
-    lines = [f"{name:<10} {fact}" for name, fact in facts.items()]
-    return lines + (_record_lines(inspection.record) if inspection.record else [])
+    lines = [f"{name:<10} {fact}" for name, fact in rows.items()]
+    return lines + (_sample_lines(facts.sample) if facts.sample else [])
 
 
-def _record_lines(record: InspectedRecord) -> list[str]:
-    lines = ["", f"record {record.row}  {record.sample_id}"]
-    for name, text in (("prompt", record.prompt), ("response", record.response)):
-        lines += [f"{name}: {text}"] if text is not None else []
-    for position in record.positions[:_SHOWN_POSITIONS]:
-        shown = "  ".join(f"{id_ if text is None else repr(text)} {p:.3f}" for id_, text, p in position.alternatives)
-        token = position.token_id if position.token is None else repr(position.token)
-        lines.append(f"  {token!s:<16} entropy {position.entropy:5.2f}  coverage {position.coverage:.3f}  {shown}")
-    hidden = len(record.positions) - _SHOWN_POSITIONS
-    return lines + ([f"  … {hidden} more positions"] if hidden > 0 else [])
+def _contract_rows(contract: Contract) -> dict[str, str]:
+    attention = contract.attention
+    seen = "none" if attention is None else f"layers {', '.join(map(str, attention.layers))}, top {attention.top_m}"
+    return {
+        "teacher": f"{contract.teacher}  {contract.teacher_fingerprint[:12]}",
+        "tokenizer": f"{contract.tokenizer_fingerprint[:12]}, {contract.vocab_size:,} ids",
+        "corpus": contract.corpus_fingerprint[:12],
+        "engine": f"{contract.engine}, {contract.dtype}",
+        "format": f"version {contract.format_version}, codec {contract.codec}",
+        "selection": _selection(contract.selection),
+        "curve": ", ".join(map(str, contract.curve)) or "none",
+        "attention": seen,
+    }
 
 
 def _selection(selection: Selection) -> str:
@@ -99,8 +116,40 @@ def _selection(selection: Selection) -> str:
         "draws": selection.draws or None,
     }
     words = [selection.kind, str(selection.k or ""), *(f"{name} {value}" for name, value in stated.items() if value)]
-    return " ".join(word for word in words if word)
+    unknown = [] if selection.tail_known else ["(tail unknown)"]
+    return " ".join(word for word in [*words, *unknown] if word)
 
 
 def _spread(spread: Spread) -> str:
-    return f"median {spread.median:.3f}, from {spread.minimum:.3f} to {spread.maximum:.3f}"
+    if not math.isfinite(spread.median):
+        return "not stated"
+    quantiles = (spread.minimum, spread.lower_quartile, spread.median, spread.upper_quartile, spread.maximum)
+    return "  ".join(
+        f"{name} {value:.4f}" for name, value in zip(("min", "25%", "median", "75%", "max"), quantiles, strict=True)
+    )
+
+
+def _sample_lines(sample: SampleView) -> list[str]:
+    lines = ["", f"sample {sample.sample_id} (row {sample.row} of its shard)"]
+    for name, text in (("prompt", sample.prompt), ("response", sample.response)):
+        lines += [f"{name}: {text}"] if text is not None else []
+    for position in sample.positions:
+        facts = f"entropy {position.entropy:.2f}  coverage {position.coverage:.3f}"
+        lines.append(f"  {position.position:>5}  {_token(position.token)}  {facts}")
+        lines.append(f"         {'  '.join(map(_alternative, position.alternatives))}")
+        lines += [f"         {_layer(layer)}" for layer in position.attended]
+    return lines
+
+
+def _alternative(alternative: Alternative) -> str:
+    drawn = f" ({alternative.draws} draws)" if alternative.draws else ""
+    return f"{_token(alternative.token)} {alternative.probability:.3f}{drawn}"
+
+
+def _layer(layer: LayerView) -> str:
+    keys = "  ".join(f"{_token(key.token)}@{key.position} {key.weight:.3f}" for key in layer.keys[:_SHOWN_KEYS])
+    return f"layer {layer.layer} looked at: {keys}  (prompt {layer.prompt:.3f}, sink {layer.sink:.3f})"
+
+
+def _token(token: Token) -> str:
+    return str(token.id) if token.text is None else repr(token.text)

@@ -1,11 +1,12 @@
-"""Facts about shards for people: what one holds, and whether a set is intact. Nothing here is formatted or printed."""
+"""Facts about a shard or a set for people: contract, sizes, quantiles, checksums. Nothing here is formatted."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +14,22 @@ from numpy.typing import NDArray
 
 from shards.contract import Contract
 from shards.errors import ShardError
+from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
-from shards.record import Record
+from shards.sample_view import Decode, SampleView, view_sample
 from shards.schema import cell_names
 from shards.shard import ShardReader
+from shards.storage import storage_at
+from shards.verify import damage_of
 
-Decode = Callable[[Sequence[int]], str]
+Numbers = NDArray[np.int32] | NDArray[np.float32]
 
-ALTERNATIVES = 5
-"""How many of the teacher's candidates are shown a position."""
+_REMOTE_SHARD = re.compile(r"(?P<folder>.+)/(?P<name>[^/?]+-(?P<sha256>[0-9a-f]{64})\.arrow)(?P<options>\?.*)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """Quantiles of a number over a shard's records."""
+    """Quantiles of a number over records; NaN where a record does not state it."""
 
     minimum: float
     lower_quartile: float
@@ -35,170 +38,157 @@ class Spread:
     maximum: float
 
     @classmethod
-    def of(cls, values: NDArray[np.int32] | NDArray[np.float32]) -> Spread:
+    def of(cls, values: Numbers) -> Spread:
         minimum, lower, median, upper, maximum = np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist()
         return cls(minimum=minimum, lower_quartile=lower, median=median, upper_quartile=upper, maximum=maximum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InspectedPosition:
-    """One predicted token and what the teacher thought there."""
+class Checksum:
+    """The verdict on every byte of the shards that were looked into."""
 
-    token_id: int
-    token: str | None
-    coverage: float
-    """Probability mass of the kept ids."""
-    entropy: float
-    alternatives: tuple[tuple[int, str | None, float], ...]
-    """(id, text, probability) of the most probable ids."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InspectedRecord:
-    """One record in words; the texts are None where no `decode` was given."""
-
-    row: int
-    sample_id: str
-    prompt: str | None
-    response: str | None
-    positions: tuple[InspectedPosition, ...]
+    intact: bool
+    damage: Mapping[str, str]
+    """What is wrong, by shard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What one shard holds."""
+    """What a shard or a set holds."""
 
-    path: Path
     contract: Contract
-    unit: str
-    split: str
+    where: str
+    shards: int
     records: int
     positions: int
     entries: int
     """Kept ids over all positions."""
     bytes: int
+    """Of all shards."""
+    looked_into: tuple[str, ...]
+    """The shards that the sizes by part and the checksum speak of: of a set, the first of each split."""
+    bytes_by_column: Mapping[str, int]
+    """"framing" is all that is no column: schema, footer, padding."""
     bytes_per_position: Mapping[str, float]
-    """Bytes of the file by part, divided by its positions; "all" is their sum."""
+    """By part: each payload of the codec, the tokens, and "columns" for the rest; "all" is their sum."""
     coverage: Spread
     """Of the records' mean kept mass."""
     entropy: Spread
     """Of the records' mean entropy, in nats."""
-    damage: str | None
-    """What the checksums found; None where every byte is as it was written."""
-    record: InspectedRecord | None
+    checksum: Checksum
+    sample: SampleView | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    """The verdict on a set: `damage` maps the name of each damaged file to what is wrong with it."""
+class Request:
+    """Which sample of a shard or set to show, and how."""
 
-    folder: Path
-    shards: int
-    teacher_files: int
-    bytes: int
-    damage: Mapping[str, str]
-
-    @property
-    def intact(self) -> bool:
-        return not self.damage
+    sample: int
+    """Its number, in the order of the manifest."""
+    positions: Sequence[int] | None = None
+    """Response tokens to show; by default those where the teacher was least certain."""
+    decoder: Callable[[Path], Decode | None] = lambda _: None
+    """Makes what turns ids into text from the teacher's folder."""
 
 
-def inspect_shard(path: Path, *, record: int | None = None, decode: Decode | None = None) -> Inspection:
-    """Describe a shard, and one of its records where asked for.
+def inspect(location: Path | str, *, show: Request | None = None, cache: ObjectCache | None = None) -> Inspection:
+    """Describe a shard or a set, by path or URL, and one of its samples where asked for.
 
-    `decode` turns ids into text. Raises ShardError where the shard cannot be opened; damage that leaves it readable is
-    reported, not raised. Raises ValueError where there is no such record.
+    Of a set only the manifest, the plain columns and the first shard of each split are read. Raises ShardError where
+    nothing can be opened, ValueError where there is no such sample or position; damage that leaves a shard readable is
+    reported, not raised.
     """
-    with ShardReader.open(path) as shard:
-        if record is not None and not 0 <= record < len(shard):
-            raise ValueError(f"{path} has records 0 to {len(shard) - 1}, not {record}")
-        positions = int(shard.numbers("positions").sum(dtype=np.int64))
-        return Inspection(
-            path=path,
-            contract=shard.contract,
-            unit=shard.unit,
-            split=shard.split,
-            records=len(shard),
-            positions=positions,
-            entries=int(shard.numbers("entries").sum(dtype=np.int64)),
-            bytes=shard.size,
-            bytes_per_position=_bytes_per_position(shard, positions),
-            coverage=Spread.of(shard.numbers("mean_coverage")),
-            entropy=Spread.of(shard.numbers("mean_entropy")),
-            damage=_damage(shard.verify),
-            record=None if record is None else _inspected(shard[record], record, decode),
-        )
+    if isinstance(location, Path) and location.is_file():
+        return _inspect_shard(location, location.parent, str(location), show, cache)
+    if remote := _REMOTE_SHARD.fullmatch(str(location)):
+        folder = remote["folder"] + (remote["options"] or "")
+        storage = storage_at(folder, cache=cache)
+        path = storage.local(remote["name"], sha256=remote["sha256"])
+        return _inspect_shard(path, folder, storage.where(remote["name"]), show, cache)
+    return _inspect_set(ShardSet(location, cache=cache), show)
 
 
-def verify_shards(folder: Path, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-    """Check every byte of a set against its manifest and report all damage, not only the first.
+def _inspect_shard(
+    path: Path, folder: Path | str, called: str, show: Request | None, cache: ObjectCache | None
+) -> Inspection:
+    with ShardReader.open(path, called=called) as shard:
+        view = None
+        if show is not None:
+            _require_sample(called, show.sample, len(shard))
+            decode = _decode_beside(folder, show, cache)
+            view = view_sample(shard, show.sample, decode=decode, positions=show.positions)
+        return _inspection(called, [shard], shard.numbers, shards=1, size=shard.size, sample=view)
 
-    `progress` is told how many bytes of how many are done. Raises ShardError only where the manifest cannot be read.
-    """
-    shards = ShardSet(folder)
-    manifest = shards.manifest
-    damage: dict[str, str] = {}
-    for name in manifest.teacher_files:
-        _note(damage, f"teacher/{name}", _damage(partial(shards.verify_teacher_file, name)))
-    total, done = manifest.totals()["bytes"], 0
-    for info in manifest.shards:
-        _note(damage, info.name, _damage(partial(shards.verify_shard, info)))
-        done += info.bytes
-        if progress is not None:
-            progress(done, total)
-    return VerifyReport(
-        folder=folder,
-        shards=len(manifest.shards),
-        teacher_files=len(manifest.teacher_files),
-        bytes=total,
-        damage=damage,
+
+def _inspect_set(shards: ShardSet, show: Request | None) -> Inspection:
+    totals = shards.manifest.totals()
+    view = None
+    if show is not None:
+        _require_sample(shards.where, show.sample, totals["records"])
+        info, row = shards.locate(show.sample)
+        decode = show.decoder(shards.teacher_folder)
+        view = view_sample(shards.open(info), row, decode=decode, positions=show.positions)
+    first = {info.split: info for info in reversed(shards.manifest.shards)}
+    opened = [shards.open(first[split]) for split in shards.splits]
+    numbers = partial(shards.columns.numbers, rows=slice(None))
+    return _inspection(shards.where, opened, numbers, shards=totals["shards"], size=totals["bytes"], sample=view)
+
+
+def _inspection(
+    where: str,
+    opened: Sequence[ShardReader],
+    numbers: Callable[[str], Numbers],
+    *,
+    shards: int,
+    size: int,
+    sample: SampleView | None,
+) -> Inspection:
+    positions = numbers("positions")
+    damage = {shard.called: found for shard in opened if (found := damage_of(shard.verify)) is not None}
+    return Inspection(
+        contract=opened[0].contract,
+        where=where,
+        shards=shards,
+        records=len(positions),
+        positions=int(positions.sum(dtype=np.int64)),
+        entries=int(numbers("entries").sum(dtype=np.int64)),
+        bytes=size,
+        looked_into=tuple(shard.called for shard in opened),
+        bytes_by_column=_bytes_by_column(opened),
+        bytes_per_position=_bytes_per_position(opened),
+        coverage=Spread.of(numbers("mean_coverage")),
+        entropy=Spread.of(numbers("mean_entropy")),
+        checksum=Checksum(intact=not damage, damage=damage),
+        sample=sample,
     )
 
 
-def _damage(check: Callable[[], None]) -> str | None:
-    try:
-        check()
-    except ShardError as error:
-        return str(error)
-    return None
+def _bytes_by_column(opened: Sequence[ShardReader]) -> dict[str, int]:
+    sizes = sum((Counter(shard.column_sizes()) for shard in opened), Counter[str]())
+    return {**sizes, "framing": sum(shard.size for shard in opened) - sizes.total()}
 
 
-def _note(damage: dict[str, str], name: str, found: str | None) -> None:
-    if found is not None:
-        damage[name] = found
-
-
-def _bytes_per_position(shard: ShardReader, positions: int) -> dict[str, float]:
-    """By part: `signal` is selection, tail and entropy; `columns` is all that is neither a payload nor a token."""
-    cells = {name: int(shard.cell_sizes(name).sum()) for name in cell_names(shard.contract)}
+def _bytes_per_position(opened: Sequence[ShardReader]) -> dict[str, float]:
+    """By part: each payload of the codec, tokens, and in "columns" all that is neither."""
+    cells = sum(
+        (Counter({name: int(shard.cell_sizes(name).sum()) for name in cell_names(shard.contract)}) for shard in opened),
+        Counter[str](),
+    )
+    size = sum(shard.size for shard in opened)
     tokens = cells.pop("prompt_ids") + cells.pop("response_ids")
-    parts = {**cells, "tokens": tokens, "columns": shard.size - tokens - sum(cells.values()), "all": shard.size}
-    return {name: size / positions for name, size in parts.items()}
+    parts = {**cells, "tokens": tokens, "columns": size - tokens - cells.total(), "all": size}
+    positions = sum(int(shard.numbers("positions").sum(dtype=np.int64)) for shard in opened)
+    return {name: part / positions for name, part in parts.items()}
 
 
-def _inspected(record: Record, row: int, decode: Decode | None) -> InspectedRecord:
-    def text(ids: Sequence[int]) -> str | None:
-        return None if decode is None else decode(ids)
+def _decode_beside(folder: Path | str, show: Request, cache: ObjectCache | None) -> Decode | None:
+    """By the tokenizer of the set that a shard lies in; a shard that travels alone shows ids."""
+    try:
+        return show.decoder(ShardSet(folder, cache=cache).teacher_folder)
+    except ShardError:
+        return None
 
-    assert record.logprobs_NK is not None, "the one codec there is keeps log-probabilities"
-    probabilities_NK, coverage_N = np.exp(record.logprobs_NK), record.coverage_N
-    positions = []
-    for position in range(record.positions):
-        token = int(record.response_ids_R[record.first_position + position])
-        best = zip(record.ids_NK[position].tolist(), probabilities_NK[position].tolist(), strict=True)
-        positions.append(
-            InspectedPosition(
-                token_id=token,
-                token=text([token]),
-                coverage=float(coverage_N[position]),
-                entropy=float(record.entropy_N[position]),
-                alternatives=tuple((id_, text([id_]), probability) for id_, probability in islice(best, ALTERNATIVES)),
-            )
-        )
-    return InspectedRecord(
-        row=row,
-        sample_id=record.sample_id,
-        prompt=text(record.prompt_ids_P.tolist()),
-        response=text(record.response_ids_R.tolist()),
-        positions=tuple(positions),
-    )
+
+def _require_sample(where: str, sample: int, count: int) -> None:
+    if not 0 <= sample < count:
+        raise ValueError(f"{where} has samples 0 to {count - 1}, not {sample}")

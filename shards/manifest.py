@@ -37,7 +37,6 @@ HEAD_PCA_FILE, HEAD_PCA_TENSOR = "head_pca.safetensors", "components_VW"
 """In the teacher's folder: its head in its W first principal directions, [V, W] fp16."""
 FIDELITY_FILE = "fidelity.json"
 """In the teacher's folder: what the cache loses, measured while it was made."""
-MAX_TEACHER_FILE_BYTES = 1 << 33
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TEACHER_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
@@ -185,9 +184,7 @@ def _require_once_each(shards: Sequence[Published]) -> None:
 
 def _teacher_files(storage: Storage, folder: str) -> dict[str, str]:
     return {
-        require_name(name.removeprefix(f"{folder}/"), _TEACHER_FILE): hashlib.sha256(
-            storage.read(name, most=MAX_TEACHER_FILE_BYTES)
-        ).hexdigest()
+        require_name(name.removeprefix(f"{folder}/"), _TEACHER_FILE): storage.sha256(name)
         for name in sorted(storage.names(folder))
     }
 

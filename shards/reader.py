@@ -27,8 +27,8 @@ from shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from shards.object_cache import ObjectCache
 from shards.record import Record
 from shards.shard import ShardReader
-from shards.storage import Location, Storage, storage_at
-from shards.units import ShardInfo, file_sha256, shard_name
+from shards.storage import RESTORE_FILE, Location, Storage, storage_at
+from shards.units import ShardInfo, shard_name
 
 __all__ = ["ShardReader", "ShardSet", "Split"]
 
@@ -104,6 +104,12 @@ class ShardSet:
             self._open.move_to_end(info.name)
             return self._open[info.name]
 
+    def locate(self, number: int) -> tuple[ShardInfo, int]:
+        """The shard and row of a record, counted in the order of the manifest."""
+        assert 0 <= number < self.manifest.totals()["records"]
+        info = next(info for info in self.manifest.shards if number < self.rows_of(info).stop)
+        return info, number - self.rows_of(info).start
+
     def record(self, info: ShardInfo, row: int) -> Record:
         """Decode one record of a shard, touching no other. Raises Corrupt naming the shard and the record."""
         shard = self.open(info)
@@ -116,33 +122,26 @@ class ShardSet:
                     shard.release_pages()
         return record
 
-    def verify(self) -> None:
-        """Raise for the first file whose bytes differ from the manifest or from their own seal."""
-        if self.manifest.columns is not None:
-            self.verify_columns()
-        for name in self.manifest.teacher_files:
-            self.verify_teacher_file(name)
-        for info in self.manifest.shards:
-            self.verify_shard(info)
-
     def verify_columns(self) -> None:
         """Raises Corrupt, Incomplete or Truncated."""
         assert self.manifest.columns is not None
-        Columns.open(self.storage, self.manifest.columns, self.manifest.totals()["records"])
-
-    def verify_shard(self, info: ShardInfo) -> None:
-        """Raises Truncated, Corrupt, Incomplete or UnknownVersion."""
-        with self._opened(info) as shard:
-            shard.verify()
-            if file_sha256(self._path(info)) != info.sha256:
-                where = self.storage.where(info.name)
-                raise Corrupt(f"{where} is a whole shard, but not the one of {MANIFEST_NAME}", hint=RESTORE)
+        self._require_content(self.manifest.columns.name, self.manifest.columns.sha256)
 
     def verify_teacher_file(self, name: str) -> None:
         """Raises Corrupt or Incomplete."""
-        listed, sha256 = f"{self.manifest.teacher_folder}/{name}", self.manifest.teacher_files[name]
-        if file_sha256(self.storage.local(listed, sha256=sha256)) != sha256:
-            raise Corrupt(f"{self.storage.where(listed)} differs from {MANIFEST_NAME}", hint="restore the file")
+        self._require_content(f"{self.manifest.teacher_folder}/{name}", self.manifest.teacher_files[name])
+
+    def verify_shard(self, info: ShardInfo) -> None:
+        """Raises Truncated, Corrupt, Incomplete or UnknownVersion."""
+        if self.storage.sha256(info.name) != info.sha256:
+            with self._opened(info) as shard:
+                shard.verify()  # names the record where it can
+            where = self.storage.where(info.name)
+            raise Corrupt(f"{where} is a whole shard, but not the one of {MANIFEST_NAME}", hint=RESTORE)
+
+    def _require_content(self, name: str, sha256: str) -> None:
+        if self.storage.sha256(name) != sha256:
+            raise Corrupt(f"{self.storage.where(name)} differs from {MANIFEST_NAME}", hint=RESTORE_FILE)
 
     def _path(self, info: ShardInfo) -> Path:
         return self.storage.local(info.name, sha256=info.sha256, size=info.bytes)

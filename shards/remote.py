@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -83,6 +84,13 @@ class RemoteStorage:
             if file.size() > most:
                 raise ValueError(f"{self.where(name)} is too large to be true")
             return bytes(file.read())
+
+    def sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with self._explained(name), self._files.open_input_stream(self._path(name)) as source:
+            while block := source.read(_COPY_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
 
     def local(self, name: str, *, sha256: str, size: int | None = None) -> Path:
         def fetch(target: Path) -> None:

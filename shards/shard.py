@@ -114,6 +114,10 @@ class ShardReader:
         """Bytes of each row's cell in column `name`."""
         return self._cells[name].sizes
 
+    def column_sizes(self) -> dict[str, int]:
+        """Bytes of each column: values and offsets, without Arrow's padding."""
+        return {name: self._batch.column(name).nbytes for name in self._batch.schema.names}
+
     def row_bytes(self, row: int) -> int:
         """Bytes of all cells of a row."""
         return sum(int(cells.sizes[row]) for cells in self._cells.values())

@@ -8,6 +8,7 @@ that is taken (`exclusive`), an object store may not, so there shards are named 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -47,6 +48,9 @@ class Storage(Protocol):
 
     def read(self, name: str, *, most: int) -> bytes:
         """A small file. Raises Incomplete where it is not there, StorageFailed, ValueError beyond `most` bytes."""
+
+    def sha256(self, name: str) -> str:
+        """Of the file as it lies there. Raises Incomplete where it is not there, StorageFailed."""
 
     def local(self, name: str, *, sha256: str, size: int | None = None) -> Path:
         """The path of a file on this machine: itself, or a copy that was checked against `sha256`.
@@ -122,6 +126,14 @@ class LocalStorage:
             return path.read_bytes()
         except OSError as error:
             raise Incomplete(f"{path} cannot be read: {error.strerror}", hint=RESTORE_FILE) from error
+
+    def sha256(self, name: str) -> str:
+        path = self.folder / name
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise Incomplete(f"{path} cannot be opened: {error.strerror}", hint=RESTORE_FILE) from error
 
     def local(self, name: str, *, sha256: str, size: int | None = None) -> Path:  # noqa: ARG002
         path = self.folder / name

@@ -73,7 +73,7 @@ def test_rows_become_a_student_that_answers(place: Path) -> None:
     assert "3 files, 16 records" in cli(place, "teacher-cache", *recipe)
     shards = {path.name: path.read_bytes() for path in (run / "shards").glob("*.arrow")}
     assert "all intact" in cli(place, "verify-shards", str(run / "shards"))
-    inspected = cli(place, "inspect-shard", str(run / "shards/train-00000.arrow"), "--record", "0")
+    inspected = cli(place, "inspect-shard", str(run / "shards/train-00000.arrow"), "--sample", "0")
     assert "vllm" in inspected
     assert "What is" in inspected
 

@@ -15,10 +15,10 @@ from pipeline.export import export_model
 from pipeline.run import RunFolder
 from pipeline.share import dataset_card, share
 from shards.errors import ShardError
-from shards.inspect import verify_shards
 from shards.manifest import read_manifest
 from shards.reader import ShardSet
 from shards.units import file_sha256
+from shards.verify import verify_shards
 from stages.inference.generate import Student
 from stages.inference.loading import load_model, newest_model
 

@@ -15,8 +15,9 @@ import pytest
 
 from shards.contract import AttentionSpec, Contract, Selection
 from shards.durable import LocalDisk
+from shards.manifest import begin, seal
 from shards.record import AttentionSummary, Record
-from shards.writer import build_shard
+from shards.writer import build_shard, write_shard
 
 CONTRACT = Contract(
     codec="topk-planes/1",
@@ -103,6 +104,26 @@ def shard(tmp_path: Path, contract: Contract, records: list[Record]) -> Path:
     path = tmp_path / "train-00000.arrow"
     path.write_bytes(build_shard("train-00000", "train", contract, records))
     return path
+
+
+@pytest.fixture
+def written(contract: Contract, make_record: Callable[..., Record]) -> list[Record]:
+    """Seven records of train, in order, of different lengths."""
+    return [make_record(contract, seed, prompt=3 + seed, response=2 + seed % 4) for seed in range(7)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, contract: Contract, written: list[Record], make_record: Callable[..., Record]) -> Path:
+    begin(tmp_path, contract)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "tokenizer.json").write_text("{}")
+    infos = [
+        write_shard(tmp_path, f"train-{number}", "train", contract, written[start : start + 3])
+        for number, start in enumerate(range(0, 7, 3))
+    ]
+    infos.append(write_shard(tmp_path, "dev-0", "dev", contract, [make_record(contract, 99)]))
+    seal(tmp_path, contract, infos)
+    return tmp_path
 
 
 def require_same(left: Record, right: Record) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,32 +12,10 @@ import pytest
 
 from shards import reader
 from shards.contract import Contract
-from shards.errors import Corrupt, Incomplete, ShardError, Truncated
-from shards.inspect import inspect_shard, verify_shards
-from shards.manifest import begin, seal
+from shards.errors import Corrupt, ShardError, Truncated
 from shards.reader import ShardReader, ShardSet
 from shards.record import Record
-from shards.writer import build_shard, write_shard
-
-
-@pytest.fixture
-def written(contract: Contract, make_record: Callable[..., Record]) -> list[Record]:
-    """Seven records of train, in order, of different lengths."""
-    return [make_record(contract, seed, prompt=3 + seed, response=2 + seed % 4) for seed in range(7)]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, contract: Contract, written: list[Record], make_record: Callable[..., Record]) -> Path:
-    begin(tmp_path, contract)
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "tokenizer.json").write_text("{}")
-    infos = [
-        write_shard(tmp_path, f"train-{number}", "train", contract, written[start : start + 3])
-        for number, start in enumerate(range(0, 7, 3))
-    ]
-    infos.append(write_shard(tmp_path, "dev-0", "dev", contract, [make_record(contract, 99)]))
-    seal(tmp_path, contract, infos)
-    return tmp_path
+from shards.writer import build_shard
 
 
 def test_a_split_is_a_sequence_in_the_order_of_writing(folder: Path, written: list[Record]) -> None:
@@ -136,99 +112,3 @@ def test_R3_a_shard_of_another_contract_in_a_sealed_set_is_refused_before_it_is_
     (folder / "train-0.arrow").write_bytes(build_shard("train-0", "train", other, written[:3]))
     with pytest.raises(ShardError, match="tokenizer_fingerprint"):
         _ = ShardSet(folder).split("train")[0]
-
-
-def swap_shard(folder: Path, contract: Contract, written: list[Record]) -> None:
-    """A whole shard of the same size and shape, but not the one that the manifest names."""
-    renamed = [dataclasses.replace(record, sample_id=record.sample_id.upper()) for record in written[:3]]
-    (folder / "train-0.arrow").write_bytes(build_shard("train-0", "train", contract, renamed))
-
-
-def flip_cell(folder: Path, contract: Contract, written: list[Record]) -> None:
-    path = folder / "train-1.arrow"
-    data = bytearray(path.read_bytes())
-    data[data.index(written[4].prompt_ids_P.tobytes())] ^= 1
-    path.write_bytes(data)
-
-
-def remove_shard(folder: Path, contract: Contract, written: list[Record]) -> None:
-    (folder / "dev-0.arrow").unlink()
-
-
-def edit_teacher_file(folder: Path, contract: Contract, written: list[Record]) -> None:
-    (folder / "teacher" / "tokenizer.json").write_text("[]")
-
-
-@pytest.mark.parametrize(
-    ("damage", "name", "error", "said"),
-    [
-        (swap_shard, "train-0.arrow", Corrupt, "not the one of manifest.json"),
-        (flip_cell, "train-1.arrow", Corrupt, "record 1: prompt_ids differs"),
-        (remove_shard, "dev-0.arrow", Incomplete, "cannot be opened"),
-        (edit_teacher_file, "teacher/tokenizer.json", Corrupt, "differs from manifest.json"),
-    ],
-)
-def test_R1_verify_names_what_is_damaged_and_how(
-    folder: Path, contract: Contract, written: list[Record], damage: Any, name: str, error: type[ShardError], said: str
-) -> None:
-    ShardSet(folder).verify()
-    assert verify_shards(folder).intact
-    damage(folder, contract, written)
-    with pytest.raises(error, match=said):
-        ShardSet(folder).verify()
-    report = verify_shards(folder)
-    assert not report.intact
-    assert list(report.damage) == [name]
-    assert said in report.damage[name]
-
-
-def test_verification_reports_all_damage_and_its_progress(
-    folder: Path, contract: Contract, written: list[Record]
-) -> None:
-    flip_cell(folder, contract, written)
-    edit_teacher_file(folder, contract, written)
-    remove_shard(folder, contract, written)
-    told: list[tuple[int, int]] = []
-    report = verify_shards(folder, progress=lambda done, total: told.append((done, total)))
-    assert sorted(report.damage) == ["dev-0.arrow", "teacher/tokenizer.json", "train-1.arrow"]
-    assert (report.shards, report.teacher_files) == (4, 1)
-    assert told[-1] == (report.bytes, report.bytes)
-    assert len(told) == 4
-
-
-def test_inspection_states_the_facts(folder: Path, contract: Contract, written: list[Record]) -> None:
-    path = folder / "train-0.arrow"
-    facts = inspect_shard(path, record=1, decode=lambda ids: " ".join(map(str, ids)))
-    positions = sum(record.positions for record in written[:3])
-    assert (facts.contract, facts.unit, facts.split) == (contract, "train-0", "train")
-    assert (facts.records, facts.positions, facts.entries) == (3, positions, positions * contract.selection.k)
-    assert facts.bytes == path.stat().st_size
-    assert facts.damage is None
-    parts = dict(facts.bytes_per_position)
-    assert parts.pop("all") == pytest.approx(facts.bytes / positions)
-    assert sum(parts.values()) == pytest.approx(facts.bytes / positions)
-    assert set(parts) == {"signal", "attention", "tokens", "columns"}
-    entropies = sorted(float(record.entropy_N.mean()) for record in written[:3])
-    found = facts.entropy
-    assert (found.minimum, found.median, found.maximum) == pytest.approx(entropies)
-
-    assert facts.record is not None
-    truth, shown = written[1], facts.record
-    assert shown.sample_id == truth.sample_id
-    assert shown.prompt == " ".join(map(str, truth.prompt_ids_P))
-    assert [position.token_id for position in shown.positions] == truth.response_ids_R.tolist()
-    id_, text, probability = shown.positions[0].alternatives[0]
-    assert text == str(id_)
-    assert probability == pytest.approx(float(np.exp(truth.logprobs_NK[0, 0])), abs=0.02)
-
-
-def test_inspection_of_a_damaged_shard_reports_the_damage(
-    folder: Path, contract: Contract, written: list[Record]
-) -> None:
-    flip_cell(folder, contract, written)
-    facts = inspect_shard(folder / "train-1.arrow")
-    assert facts.damage is not None
-    assert "record 1" in facts.damage
-    assert facts.record is None
-    with pytest.raises(ValueError, match="records 0 to 2"):
-        inspect_shard(folder / "train-1.arrow", record=3)

@@ -12,6 +12,7 @@ import pytest
 
 from shards.contract import Contract
 from shards.errors import ContractMismatch, Corrupt, Incomplete, StorageFailed
+from shards.inspect import inspect
 from shards.manifest import Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
 from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
@@ -19,6 +20,7 @@ from shards.record import Record
 from shards.remote import RemoteStorage
 from shards.storage import Location, storage_at
 from shards.units import published_units
+from shards.verify import quarantine, verify_shards
 from shards.writer import build_shard, write_shard
 from tests.shards.object_store import CREDENTIALS, ObjectStore, serving
 
@@ -83,7 +85,7 @@ def test_a_set_in_a_store_reads_as_the_same_set_in_a_folder(
         for left, right in zip(ours, theirs, strict=True):
             same(left, right)
     assert {path.name: path.read_bytes() for path in there.teacher_folder.iterdir()} == TEACHER
-    there.verify()
+    assert verify_shards(there.storage).intact
 
 
 def test_objects_are_named_by_their_content_and_the_manifest_is_the_commit(
@@ -115,7 +117,7 @@ def test_objects_copied_into_a_folder_as_they_are_read_there(
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
     copy = ShardSet(tmp_path)
-    copy.verify()
+    assert verify_shards(copy.storage).intact
     assert copy.manifest == manifest
     assert {path.name for path in copy.teacher_folder.iterdir()} == set(TEACHER)
 
@@ -170,7 +172,7 @@ def test_W3_writers_at_once_agree_on_one_set(
     for thread in threads:
         thread.join()
     shards = ShardSet(url, cache=cache)
-    shards.verify()
+    assert verify_shards(shards.storage).intact
     assert shards.manifest in sealed_as
     assert sorted(shards.split("train").sample_ids.tolist()) == units
 
@@ -220,6 +222,36 @@ def test_R1_a_damaged_object_is_found_and_named(
     with pytest.raises(Corrupt, match=damaged):
         shards.split("train")[0]
     assert not list(cache.folder.glob("*.tmp")), "what arrived damaged is not kept"
+
+
+def test_quarantine_in_a_store_leaves_a_set_that_lacks_only_what_was_damaged(
+    store: ObjectStore, url: str, cache: ObjectCache, contract: Contract, records: list[Record]
+) -> None:
+    manifest = fill(url, contract, records)
+    damaged = manifest.shards[1].name
+    assert ShardSet(url, cache=cache).split("train")[0].sample_id == records[1].sample_id, "a good copy is here"
+    store.overwrite(url, damaged, store.files(url)[damaged][:-1])
+    report = verify_shards(url, cache=cache)
+    assert list(report.damage) == [damaged], "a good copy here does not hide what lies there"
+    quarantine(url, report)
+    assert f"quarantine/{damaged}" in store.files(url)
+    assert sorted(published_units(storage_at(url))) == ["dev-00000", "train-00001"]
+    assert fill(url, contract, records) == manifest
+    assert verify_shards(url, cache=cache).intact
+
+
+def test_inspection_of_a_url_fetches_what_it_shows(
+    store: ObjectStore, url: str, cache: ObjectCache, contract: Contract, records: list[Record]
+) -> None:
+    manifest = fill(url, contract, records)
+    base, options = url.split("?")
+    name = manifest.shards[2].name
+    facts = inspect(f"{base}/{name}?{options}", cache=cache)
+    assert (facts.where, facts.records, facts.checksum.intact) == (f"{base}/{name}", 1, True)
+    store.refuse()
+    facts = inspect(url, cache=cache)
+    assert (facts.records, facts.positions) == (3, manifest.totals()["positions"])
+    assert not [asked for asked in store.requests() if "train-00001" in asked]
 
 
 def test_a_store_that_cannot_be_reached_is_named(url: str, contract: Contract) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from shards.contract import SELECTIONS, Selection
 from shards.errors import ContractMismatch, Incomplete, InvalidRecord, StorageFailed
 from shards.manifest import is_sealed, read_manifest
 from shards.reader import ShardSet
+from shards.verify import quarantine, verify_shards
 from stages.errors import StageError
 from stages.events import Event, Progress
 from stages.teacher_cache import cache as cache_module
@@ -122,6 +124,24 @@ def test_a_resumed_run_captures_only_what_is_missing(tmp_path: Path, recorded: M
     recorded.fill(tmp_path, teacher, engines=engines)
     assert [int(name, 16) for name in engines[1].captured] == [4, 5, 6, 7, 8]
     assert all(engine.closed for engine in engines)
+
+
+def test_what_verification_sets_aside_is_remade_and_nothing_else(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, undisturbed: dict[str, bytes]
+) -> None:
+    recorded.fill(tmp_path, teacher)
+    for name in ("train-00001.arrow", "teacher/head_pca.safetensors"):
+        data = bytearray((tmp_path / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (tmp_path / name).write_bytes(data)
+    report = verify_shards(tmp_path)
+    assert list(report.damage) == ["teacher/head_pca.safetensors", "train-00001.arrow"]
+    quarantine(tmp_path, report)
+    engines: list = []
+    recorded.fill(tmp_path, teacher, engines=engines)
+    assert [int(name, 16) for name in engines[0].captured] == [4, 5, 6]
+    shutil.rmtree(tmp_path / "quarantine")
+    assert contents(tmp_path) == undisturbed
 
 
 def test_a_whole_set_starts_no_engine(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
