@@ -44,6 +44,12 @@ prepare: setup ## JSONL (DATA=path) to tokenised samples in data/processed
 teacher-cache: prepare ## stage one: the teacher over the samples, into shards (GPUS=8 TP=2; RAY_ADDRESS=… for a cluster)
 	@$(CLI) teacher-cache $(RECIPE_FLAGS) $(REPLICA_FLAGS)
 
+.PHONY: teacher-cache-screen
+teacher-cache-screen: prepare ## the same in the background: a `screen` session (NAME=… names run and session)
+	@command -v screen >/dev/null || { echo "error: screen is not installed"; echo "hint: apt-get install screen, or use make teacher-cache"; exit 1; }
+	@screen -dmS $(or $(NAME),minicodformer) $(CLI) teacher-cache $(RECIPE_FLAGS) $(REPLICA_FLAGS)
+	@echo "caching in the background: screen -r $(or $(NAME),minicodformer) to look, ctrl-a d to leave it running, make watch to follow"
+
 .PHONY: distill
 distill: setup ## stage two: the student from the shards (GPUS=n; without a GPU, n CPU processes)
 	@$(CLI) distill $(RECIPE_FLAGS) $(RANK_FLAGS)

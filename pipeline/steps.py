@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,14 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.recipe import Recipe
 from pipeline.run import RunFolder
 from pipeline.sinks import listening
-from stages.events import Note
+from stages.events import Note, silent
 
 if TYPE_CHECKING:
     from shards.reader import ShardSet
     from stages.corpus.prepare import PrepareReport
     from stages.inference.generate import Generation, Student
     from stages.inference.settings import GenerationSettings
+    from stages.teacher_cache.preflight import Check
 
 PROCESSED = Path("data/processed")
 _MOST_DEVICES = 64
@@ -72,6 +73,29 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Mappin
             seconds = round(time.monotonic() - start, 1)
             run.report("teacher_cache", {**manifest.totals(), "captured": captured, "seconds": seconds})
         return dict(run.summary()["teacher_cache"])
+
+
+def plan_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Iterator[Check]:
+    """What stage one would do and need, without a change to the run; the teacher is fetched for it, but not loaded.
+
+    Raises UsageError where the devices asked for cannot work.
+    """
+    from stages.corpus.store import read_corpus
+    from stages.teacher_cache.preflight import Devices, preflight
+    from stages.teacher_cache.teacher import tensor_parallel_sizes
+
+    corpus = read_corpus(PROCESSED)
+    teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, silent)
+    here, split = launch.machine(), recipe.teacher.tensor_parallel
+    count = launch.count_replicas(gpus, split, here, tensor_parallel_sizes(teacher, _MOST_DEVICES))
+    yield from preflight(
+        corpus=corpus,
+        teacher=recipe.teacher,
+        cache=recipe.cache,
+        teacher_folder=teacher,
+        folder=run.shards,
+        devices=Devices(replicas=count, memory=launch.device_memory(here, count * split), gpus=here.gpus > 0),
+    )
 
 
 def _published_positions(shards: Path) -> int:

@@ -15,14 +15,13 @@ from pathlib import Path
 from shards.contract import Contract
 from shards.manifest import CONTRACT_NAME, Manifest, begin, is_sealed, read_manifest, seal
 from shards.topk_planes import TopkPlanes1
-from stages.corpus.fingerprint import tokenizer_fingerprint
 from stages.corpus.store import Corpus
-from stages.errors import StageError
 from stages.events import Emit
 from stages.teacher_cache.engines.protocol import CaptureSpec, EngineFactory
 from stages.teacher_cache.engines.vllm.adapter import VllmEngine
 from stages.teacher_cache.job import Job
 from stages.teacher_cache.plan import plan_units
+from stages.teacher_cache.preflight import require_fits
 from stages.teacher_cache.replica import EngineFacts, EngineOrder, Spread, in_process
 from stages.teacher_cache.settings import CacheSettings, TeacherSettings
 from stages.teacher_cache.teacher import TeacherFacts, publish_teacher, read_facts, weights_fingerprint
@@ -45,6 +44,7 @@ def fill_cache(
     refuses or the folder was begun under another contract.
     """
     facts = read_facts(teacher_folder)
+    require_fits(corpus, teacher, teacher_folder)
     spec = CaptureSpec(
         selection=cache.chosen(), curve=cache.curve, attention=cache.attention(facts.layers), seed=cache.draw_seed
     )
@@ -78,17 +78,11 @@ def _contract(
     spec: CaptureSpec,
     engine: EngineFacts,
 ) -> Contract:
-    tokenizer = tokenizer_fingerprint(teacher_folder)
-    if tokenizer != corpus.tokenizer_fingerprint:
-        raise StageError(
-            "the corpus was tokenised with another tokenizer than the teacher's",
-            hint="prepare the corpus again with this teacher",
-        )
     return Contract(
         codec=TopkPlanes1.name,
         teacher=teacher.model,
         teacher_fingerprint=weights_fingerprint(teacher_folder),
-        tokenizer_fingerprint=tokenizer,
+        tokenizer_fingerprint=corpus.tokenizer_fingerprint,
         vocab_size=facts.vocab_size,
         start_token_id=corpus.start_token_id,
         end_token_id=corpus.end_token_id,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from shards.writer import write_shard
 from stages.corpus.sample import Sample
 from stages.corpus.store import Corpus
 from stages.errors import StageError
-from stages.events import Emit, Note, Progress
+from stages.events import Emit, Metric, Note, Progress
 from stages.teacher_cache.plan import Unit
 from stages.teacher_cache.rejects import publish_rejects, read_rejects
 from stages.teacher_cache.replica import STAGE, Replica, ReplicaDied
@@ -49,6 +50,7 @@ class Job:
     _list: WorkList = field(init=False)
     _writers: ThreadPoolExecutor = field(init=False)
     _shards: list[Future[ShardInfo | None]] = field(default_factory=list, init=False)
+    _rates: dict[int, float] = field(default_factory=dict, init=False)
     _talking: threading.RLock = field(default_factory=threading.RLock, init=False)
 
     def run(self, units: Sequence[Unit]) -> list[ShardInfo]:
@@ -104,7 +106,9 @@ class Job:
         """Capture part after part with one replica; its next unit waits until its last one is written."""
         writing: Future[ShardInfo | None] | None = None
         while replica.start(self._list.is_open) and (part := self._list.take()):
+            began = time.monotonic()
             complete = self._capture(replica, part)
+            self._measure(replica, self._tokens(part.unit, part.indices) / (time.monotonic() - began))
             if complete is not None:
                 if writing is not None:
                     writing.result()
@@ -177,6 +181,14 @@ class Job:
             self._reported = self._done
             written = sum(info.bytes for shard in list(self._shards) if (info := _outcome(shard)))
             self.emit(Progress(stage=STAGE, done=self._done, total=self._total, unit="response tokens", bytes=written))
+
+    def _measure(self, replica: Replica, rate: float) -> None:
+        """Several replicas each have a speed, so that one that lags is seen."""
+        with self._talking:
+            self._rates[self.replicas.index(replica)] = rate
+            if len(self.replicas) > 1:
+                values = {f"replica_{number}_tokens_per_s": speed for number, speed in sorted(self._rates.items())}
+                self.emit(Metric(stage=STAGE, step=len(self._shards), values=values))
 
     def _say(self, text: str, level: str = "info") -> None:
         with self._talking:

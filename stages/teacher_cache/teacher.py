@@ -85,7 +85,7 @@ def weights_fingerprint(folder: Path) -> str:
 
     Raises StageError where there are none.
     """
-    files = [folder / "config.json", *_weight_files(folder)]
+    files = [folder / "config.json", *weight_files(folder)]
     with ThreadPoolExecutor() as pool:
         contents = list(pool.map(sha256_of, files))
     digest = hashlib.sha256()
@@ -147,7 +147,7 @@ def _head(folder: Path) -> Tensor:
 
 
 def _where(folder: Path) -> Iterator[tuple[str, Path]]:
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 yield from ((name, path) for name in file.keys())  # noqa: SIM118
@@ -155,7 +155,8 @@ def _where(folder: Path) -> Iterator[tuple[str, Path]]:
             raise StageError(f"{path} cannot be read: {error}", hint="fetch the teacher again") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model folder, by name. Raises StageError where there are none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise StageError(f"{folder} holds no safetensors", hint="other weight formats are not read: convert them first")

@@ -15,7 +15,7 @@ from pipeline.replicas import replicas
 from shards.manifest import is_sealed
 from shards.reader import ShardSet
 from stages.errors import StageError
-from stages.events import Event, Note, Progress
+from stages.events import Event, Metric, Note, Progress
 from stages.teacher_cache.replica import Spread
 
 
@@ -47,6 +47,8 @@ def test_W3_replicas_killed_at_random_leave_the_bytes_of_an_undisturbed_run(
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
     last = [event for event in events if isinstance(event, Progress)][-1]
     assert last.done == last.total, "what a dead replica had captured does not count twice"
+    (*_, speeds) = (event.values for event in events if isinstance(event, Metric))
+    assert speeds.keys() == {"replica_0_tokens_per_s", "replica_1_tokens_per_s"}
 
 
 def test_records_that_no_replica_survives_are_rejected_and_the_rest_goes_on(
