@@ -265,6 +265,36 @@ def verify_shards(
         raise typer.Exit(1)
 
 
+@app.command("export-shards")
+def export_shards(
+    path: Annotated[str, typer.Argument(help="The folder or URL of a shard set.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write to.")],
+    kind: Annotated[str, typer.Option("--to", help="The format: parquet.")] = "parquet",
+) -> None:
+    """Decode a shard set into files that other tools read.
+
+    One file a shard, every value in a typed column. Stopped and started again, it goes on.
+    """
+    from pipeline.shard_tools import export
+
+    _print(export(path, target, kind=kind))
+
+
+@app.command()
+def merge(
+    target: Annotated[str, typer.Argument(help="The folder or URL of the set to make.")],
+    sources: Annotated[list[str], typer.Argument(help="Two or more sets of one teacher.")],
+) -> None:
+    """Make one shard set of several.
+
+    They may differ in their corpus only, and no sample may be in two of them. Nothing is decoded, no teacher is needed.
+    Stopped and started again, it goes on.
+    """
+    from pipeline.shard_tools import merge as merge_sets
+
+    _print(merge_sets(sources, target))
+
+
 @app.command()
 def card(name: RunOption = None) -> None:
     """Write the model card of a finished run.

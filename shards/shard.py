@@ -100,6 +100,11 @@ class ShardReader:
         return list(self._batch.column("sample_id").to_pylist())
 
     @property
+    def batch(self) -> pa.RecordBatch:
+        """The rows as they lie in the file, their metadata included; no cell of it is checked."""
+        return self._batch
+
+    @property
     def size(self) -> int:
         """Bytes of the file."""
         return len(self._frame.data)

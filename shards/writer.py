@@ -17,6 +17,7 @@ from shards.contract import Contract
 from shards.framing import write_frame
 from shards.record import Int32, Record
 from shards.schema import MAX_COLUMN_BYTES, MAX_ROWS, cell_check, cell_names, fixed_parts, schema_for
+from shards.shard import ShardReader
 from shards.storage import Location, storage_at
 from shards.units import ShardInfo, publish_unit, require_name
 from shards.validation import require_valid
@@ -59,6 +60,13 @@ def build_shard(unit: str, split: str, contract: Contract, records: Sequence[Rec
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema.with_metadata(described))
     return write_frame(batch, fixed_parts(batch))
+
+
+def rewrapped(shard: ShardReader, unit: str, contract: Contract) -> bytes:
+    """The bytes of a shard that holds another's rows as they are, for a contract under which they mean the same."""
+    batch = shard.batch
+    described = {**batch.schema.metadata, b"contract": contract.to_json().encode(), b"unit": unit.encode()}
+    return write_frame(batch.replace_schema_metadata(described), fixed_parts(batch))
 
 
 def _cells(contract: Contract, records: Sequence[Record]) -> dict[str, Sequence[Int32] | Sequence[bytes]]:

@@ -15,7 +15,7 @@ import pytest
 
 from shards.contract import AttentionSpec, Contract, Selection
 from shards.durable import LocalDisk
-from shards.manifest import begin, seal
+from shards.manifest import begin, publish_teacher_files, seal
 from shards.record import AttentionSummary, Record
 from shards.writer import build_shard, write_shard
 
@@ -106,24 +106,33 @@ def shard(tmp_path: Path, contract: Contract, records: list[Record]) -> Path:
     return path
 
 
-@pytest.fixture
-def written(contract: Contract, make_record: Callable[..., Record]) -> list[Record]:
+@pytest.fixture(scope="session")
+def written() -> list[Record]:
     """Seven records of train, in order, of different lengths."""
-    return [make_record(contract, seed, prompt=3 + seed, response=2 + seed % 4) for seed in range(7)]
+    return [synthetic_record(CONTRACT, seed, prompt=3 + seed, response=2 + seed % 4) for seed in range(7)]
+
+
+@pytest.fixture(scope="session")
+def make_set(written: list[Record]) -> Callable[..., Path]:
+    """Make a sealed set in a folder: three shards of train, one of dev, one teacher file."""
+
+    def make(folder: Path, tokenizer: str = "{}") -> Path:
+        begin(folder, CONTRACT)
+        publish_teacher_files(folder, {"tokenizer.json": tokenizer.encode()})
+        infos = [
+            write_shard(folder, f"train-{number}", "train", CONTRACT, written[start : start + 3])
+            for number, start in enumerate(range(0, 7, 3))
+        ]
+        infos.append(write_shard(folder, "dev-0", "dev", CONTRACT, [synthetic_record(CONTRACT, 99)]))
+        seal(folder, CONTRACT, infos)
+        return folder
+
+    return make
 
 
 @pytest.fixture
-def folder(tmp_path: Path, contract: Contract, written: list[Record], make_record: Callable[..., Record]) -> Path:
-    begin(tmp_path, contract)
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "tokenizer.json").write_text("{}")
-    infos = [
-        write_shard(tmp_path, f"train-{number}", "train", contract, written[start : start + 3])
-        for number, start in enumerate(range(0, 7, 3))
-    ]
-    infos.append(write_shard(tmp_path, "dev-0", "dev", contract, [make_record(contract, 99)]))
-    seal(tmp_path, contract, infos)
-    return tmp_path
+def folder(tmp_path: Path, make_set: Callable[[Path], Path]) -> Path:
+    return make_set(tmp_path)
 
 
 def require_same(left: Record, right: Record) -> None:

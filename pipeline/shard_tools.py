@@ -1,0 +1,60 @@
+"""What can be made out of shard sets from the command line, without the teacher: an export, a merged set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline import figures
+from pipeline.errors import UsageError
+from pipeline.inspection import location
+from pipeline.sinks import listening
+from shards.export import FORMATS, export_parquet
+from shards.manifest import Manifest
+from shards.merge import merge_sets
+from stages.events import Progress
+
+
+def export(place: str, target: Path, *, kind: str) -> list[str]:
+    """Decode a set into files of another format. Raises UsageError for a format that is none, or a foreign target."""
+    if kind not in FORMATS:
+        raise UsageError(f"no format {kind!r}", hint=f"there is --to {', '.join(FORMATS)}")
+    source = location(place)
+    with _told("export-shards") as progress, _usage("give an empty or a new folder"):
+        report = export_parquet(source, target, progress=progress)
+    kept = report.files - report.written
+    there = f", {kept} of them there before" if kept else ""
+    return [
+        f"export     {report.files} files{there}, {report.records:,} records, {figures.size(report.bytes)}  {target}"
+    ]
+
+
+def merge(places: Sequence[str], target: str) -> list[str]:
+    """Make one set of several. Raises UsageError where a sample is in two of them."""
+    sources = [location(place) for place in places]
+    with _told("merge") as progress, _usage("merge sets of different corpora, each named once"):
+        manifest = merge_sets(sources, target, progress=progress)
+    return [_made("merged", manifest, target)]
+
+
+def _made(word: str, manifest: Manifest, target: str) -> str:
+    totals = manifest.totals()
+    counts = ", ".join(f"{totals[name]:,} {name}" for name in ("shards", "records", "positions"))
+    each = totals["bytes"] / totals["positions"]
+    return f"{word:<10} {counts}, {figures.size(totals['bytes'])}: {each:.1f} bytes a position in all  {target}"
+
+
+@contextmanager
+def _told(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress in records."""
+    with listening() as emit:
+        yield lambda done, total: emit(Progress(stage=verb, done=done, total=total, unit="records"))
+
+
+@contextmanager
+def _usage(hint: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error), hint=hint) from error

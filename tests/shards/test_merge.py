@@ -1,0 +1,114 @@
+"""Sets of one teacher become one set, byte for byte the one that a single pass would have made, but for the corpus."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shards.contract import Contract
+from shards.errors import ContractMismatch, Corrupt
+from shards.inspect import inspect
+from shards.manifest import Manifest, begin, publish_teacher_files, seal
+from shards.merge import merge_sets, merged_corpus
+from shards.reader import ShardSet
+from shards.record import Record
+from shards.verify import verify_shards
+from shards.writer import build_shard, write_shard
+
+TEACHER = {"tokenizer.json": b"{}"}
+
+
+def make(folder: Path, contract: Contract, shards: dict[str, list[Record]], **files: bytes) -> Manifest:
+    begin(folder, contract)
+    infos = [write_shard(folder, unit, unit.split("-")[0], contract, rows) for unit, rows in shards.items()]
+    return seal(folder, contract, infos, teacher_folder=publish_teacher_files(folder, {**TEACHER, **files}))
+
+
+@pytest.fixture
+def sources(tmp_path: Path, contract: Contract, written: list[Record]) -> list[Path]:
+    old, new = tmp_path / "old", tmp_path / "new"
+    make(old, contract, {"train-00000": written[:2], "train-00001": written[2:3], "dev-00000": written[3:4]})
+    newer = dataclasses.replace(contract, corpus_fingerprint="9" * 64)
+    make(new, newer, {"train-00000": written[4:6], "dev-00000": written[6:]}, **{"fidelity.json": b"{}"})
+    return [old, new]
+
+
+def test_a_merged_set_is_the_set_of_one_pass(
+    tmp_path: Path, sources: list[Path], contract: Contract, written: list[Record]
+) -> None:
+    told: list[tuple[int, int]] = []
+    merged = merge_sets(sources, tmp_path / "merged", progress=lambda *counts: told.append(counts))
+    one_corpus = dataclasses.replace(contract, corpus_fingerprint=merged_corpus(["3" * 64, "9" * 64]))
+    shards = {
+        "dev-00000": written[3:4],
+        "dev-00001": written[6:],
+        "train-00000": written[:2],
+        "train-00001": written[2:3],
+        "train-00002": written[4:6],
+    }
+    assert merged == make(tmp_path / "one pass", one_corpus, shards)
+    for unit, rows in shards.items():
+        there = (tmp_path / "merged" / f"{unit}.arrow").read_bytes()
+        assert there == build_shard(unit, unit.split("-")[0], one_corpus, rows)
+    assert verify_shards(tmp_path / "merged").intact
+    assert told[-1] == (7, 7)
+
+
+def test_a_merge_that_was_stopped_goes_on(tmp_path: Path, sources: list[Path]) -> None:
+    def stop(done: int, total: int) -> None:
+        if done > 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_sets(sources, tmp_path / "merged", progress=stop)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").glob("*.arrow")}
+    assert len(before) == 2
+    merged = merge_sets(sources, tmp_path / "merged")
+    assert merged == merge_sets(sources, tmp_path / "undisturbed")
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").glob("*.arrow")}
+    assert before.items() <= after.items()
+    assert merge_sets(sources, tmp_path / "merged") == merged
+
+
+def test_what_does_not_belong_together_is_refused(
+    tmp_path: Path, sources: list[Path], contract: Contract, written: list[Record]
+) -> None:
+    foreign = dataclasses.replace(contract, teacher_fingerprint="8" * 64, corpus_fingerprint="7" * 64)
+    make(tmp_path / "foreign", foreign, {"train-00000": written[:1]})
+    with pytest.raises(ContractMismatch, match="teacher_fingerprint"):
+        merge_sets([sources[0], tmp_path / "foreign"], tmp_path / "merged")
+    other = dataclasses.replace(contract, corpus_fingerprint="6" * 64)
+    make(tmp_path / "other head", other, {"train-00000": written[6:]}, **{"head_pca.safetensors": b"other"})
+    with pytest.raises(ContractMismatch, match=r"head_pca\.safetensors of the teacher is not the same"):
+        merge_sets([sources[0], tmp_path / "other head"], tmp_path / "merged")
+    with pytest.raises(ValueError, match=r"sample 'sample-3' is in .*old and again in .*old"):
+        merge_sets([sources[0], sources[0]], tmp_path / "merged")
+    with pytest.raises(ValueError, match="at least two"):
+        merge_sets(sources[:1], tmp_path / "merged")
+    with pytest.raises(ContractMismatch, match="corpus_fingerprint"):
+        merge_sets(sources, sources[0])
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_damaged_source_is_not_carried_on(tmp_path: Path, sources: list[Path], written: list[Record]) -> None:
+    path = sources[1] / "train-00000.arrow"
+    data = bytearray(path.read_bytes())
+    data[data.index(written[5].prompt_ids_P.tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Corrupt, match="record 1"):
+        merge_sets(sources, tmp_path / "merged")
+
+
+def test_merged_records_are_the_sources_own(
+    tmp_path: Path, sources: list[Path], same: Callable[[Record, Record], None]
+) -> None:
+    merge_sets(sources, tmp_path / "merged")
+    merged = ShardSet(tmp_path / "merged")
+    for split in ("train", "dev"):
+        found = [record for source in sources for record in ShardSet(source).split(split)]
+        for left, right in zip(merged.split(split), found, strict=True):
+            same(left, right)
+    assert inspect(tmp_path / "merged").checksum.intact

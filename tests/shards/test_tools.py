@@ -1,0 +1,89 @@
+"""The verbs that look at shards and make something of them, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import polars
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from typer.testing import CliRunner, Result
+
+import cli
+from pipeline.errors import UsageError
+from shards.manifest import read_manifest
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, make_set: Callable[..., Path]) -> Path:
+    words = Tokenizer(WordLevel({f"word{id_}": id_ for id_ in range(300)}, unk_token="word0"))
+    return make_set(tmp_path_factory.mktemp("set"), words.to_str())
+
+
+@pytest.fixture
+def run() -> Callable[..., Result]:
+    def invoke(*words: object) -> Result:
+        return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+    return invoke
+
+
+def test_inspect_shard_states_the_contract_first_and_every_key(run: Callable[..., Result], shards: Path) -> None:
+    lines = run("inspect-shard", shards).output.splitlines()
+    assert lines[0].startswith("teacher ")
+    assert any(line.startswith("checksum   2 of ") and line.endswith(" as written") for line in lines)
+    facts = json.loads(run("inspect-shard", shards, "--json").output)
+    assert next(iter(facts)) == "contract"
+    assert {"records", "positions", "entries", "bytes_per_position", "coverage", "checksum"} <= set(facts)
+    assert facts["bytes_per_position"]["all"] > facts["bytes_per_position"]["signal"] > 0
+    assert facts["checksum"] == {"intact": True, "damage": {}}
+
+
+def test_inspect_shard_shows_a_sample_in_words(run: Callable[..., Result], shards: Path) -> None:
+    words = run("inspect-shard", shards, "--sample", 1, "--position", 0, "--position", 1).output
+    assert "prompt: word" in words
+    assert words.count("looked at: ") == 2 * len(read_manifest(shards).contract.attention.layers)  # type: ignore[union-attr]
+    outcome = run("inspect-shard", shards, "--sample", 10_000)
+    assert isinstance(outcome.exception, UsageError)
+    assert "samples 0 to" in str(outcome.exception)
+
+
+def test_verify_shards_exits_with_1_names_the_damage_and_sets_it_aside(
+    run: Callable[..., Result], shards: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    done = run("verify-shards", copy)
+    assert (done.exit_code, "all intact" in done.output) == (0, True)
+    damaged = next(copy.glob("train-*.arrow"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    done = run("verify-shards", copy)
+    assert done.exit_code == 1
+    assert f"  {damaged.name}: " in done.output
+    assert "--quarantine" in done.output
+    report = json.loads(run("verify-shards", copy, "--json").output)
+    assert list(report["damage"]) == [damaged.name]
+    assert run("verify-shards", copy, "--quarantine").exit_code == 1
+    assert not damaged.exists()
+    assert (copy / "quarantine" / damaged.name).exists()
+    assert "run stage one again" in str(getattr(run("verify-shards", copy).exception, "hint", ""))
+
+
+def test_export_shards_writes_what_polars_reads(run: Callable[..., Result], shards: Path, tmp_path: Path) -> None:
+    done = run("export-shards", shards, tmp_path / "out", "--to", "parquet")
+    assert done.exit_code == 0, done.output
+    totals = read_manifest(shards).totals()
+    assert f"{totals['records']:,} records" in done.output
+    assert polars.read_parquet(tmp_path / "out" / "*.parquet")["positions"].sum() == totals["positions"]
+    assert "there before" in run("export-shards", shards, tmp_path / "out").output
+    assert isinstance(run("export-shards", shards, tmp_path / "out", "--to", "csv").exception, UsageError)
+
+
+def test_merge_refuses_one_set_twice(run: Callable[..., Result], shards: Path, tmp_path: Path) -> None:
+    outcome = run("merge", tmp_path / "out", shards, shards)
+    assert isinstance(outcome.exception, UsageError)
+    assert "is in" in str(outcome.exception)
+    assert not (tmp_path / "out").exists()
