@@ -120,4 +120,4 @@ def test_quantised_weights_take_what_their_files_take(
         )
         facts[name] = next(check.fact for check in checks if check.name == "memory")
     assert "weights 1.0," in facts["plain"]
-    assert "weights 0.2," in facts["fp8"]
+    assert "weights 0.3," in facts["fp8"]
