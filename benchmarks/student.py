@@ -1,22 +1,16 @@
-"""The student beside its peers: the liquid scan, and decoding one token at a growing context.
+"""The student beside its peers: the liquid scan, a decoder layer, and decoding one token at a growing context.
 
 Prints a table and writes results/student.json. Every figure is CPU time of this process on one thread, the lower
-quartile of several runs, so that other work on the machine disturbs it little; `ratio` is reference / ours, how many
-times as fast ours is (of bytes: as small), and `bound` the least ratio that is still good, where there is one.
+quartile of several runs, so that other work on the machine disturbs it little. Run from the repository's root:
 
-    python benchmarks/student.py
+    python -m benchmarks.student
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,56 +18,36 @@ from ncps.torch import LTC
 from ncps.wirings import AutoNCP
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from stages.student.model import build_student
+from benchmarks.record import Row, compare, write
+from stages.inference.stepping import advance, encode, fresh
+from stages.student.model import MiniCodformerForConditionalGeneration, build_student
 from stages.student.scan_chunked import scan_chunked
+from stages.student.scan_delta import scan_delta_chunked
 from stages.student.scan_naive import scan_naive
 from stages.student.shape import StudentShape
 
-RESULTS = Path(__file__).parent / "results" / "student.json"
-PACKAGES = ("torch", "transformers", "ncps")
 HEADS, HEAD_SIZE = 4, 64
 WIDTH = HEADS * HEAD_SIZE
-LENGTHS = (256, 512, 1024, 2048, 4096)
-LOOP_LENGTHS = (256, 512, 1024)
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+LOOP_LENGTHS = (512, 2048)
 NCPS_LENGTHS = (256, 512)
 NCPS_UNITS = 128
-CONTEXTS = (64, 256, 1024, 4096)
-PROMPT, VOCAB = 128, 1_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    case: str
-    metric: str
-    unit: str
-    ours: float
-    reference: float
-    reference_name: str
-    ratio: float
-    bound: float | None
-
-
-def compare(
-    case: str, metric: str, unit: str, ours: float, reference: float, name: str, bound: float | None = None
-) -> Row:
-    row = Row(
-        case=case,
-        metric=metric,
-        unit=unit,
-        ours=round(ours, 3),
-        reference=round(reference, 3),
-        reference_name=name,
-        ratio=round(reference / ours, 2),
-        bound=bound,
-    )
-    verdict = "" if bound is None else f"bound {bound:g} {'held' if row.ratio >= bound else 'MISSED'}"
-    print(
-        f"{row.case:24} {row.metric:22} {row.ours:10.2f} {row.unit:6} {row.reference:10.2f} {row.reference_name:28} "
-        f"{row.ratio:8.2f}x {verdict}",
-        flush=True,
-    )
-    return row
+CONTEXTS = (64, 1024, 16_384)
+PROMPTS = (64, 512, 2048)
+BATCHES = (1, 32)
+PROMPT, VOCAB, SMALL_VOCAB = 512, 49_152, 1_000
+SMOLLM2 = {
+    "vocab_size": VOCAB,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+"""SmolLM2-135M's shape; speed does not ask for its weights."""
 
 
 def milliseconds(work: Callable[[], object], runs: int) -> float:
@@ -86,106 +60,168 @@ def milliseconds(work: Callable[[], object], runs: int) -> float:
     return 1e3 * sorted(spent)[len(spent) // 4]
 
 
-def sequence_rows() -> Iterator[Row]:
+def trained(compute: Callable[[], Tensor], runs: int) -> float:
+    return milliseconds(lambda: compute().sum().backward(), runs)
+
+
+def scan_rows() -> Iterator[Row]:
     """Forward and backward over one sequence of hidden size 256, without projections."""
     gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
     liquid = LTC(NCPS_UNITS, AutoNCP(NCPS_UNITS, NCPS_UNITS // 4))
+    metric, spent = "forward + backward", {}
     for steps in LENGTHS:
         query, key, value = (torch.randn(1, steps, HEADS, HEAD_SIZE, requires_grad=True) for _ in range(3))
         log_decay = (-2 * torch.rand(1, steps, HEADS, HEAD_SIZE)).requires_grad_()
         hidden = torch.randn(1, steps, WIDTH, requires_grad=True)
-        runs = max(3, 4096 // steps)
+        inputs, case, runs = (query, key, value, log_decay), f"scan T={steps}", max(3, 4096 // steps)
 
-        def trained(compute: Callable[[], Tensor], runs: int = runs) -> float:
-            return milliseconds(lambda: compute().sum().backward(), runs)
-
-        def attention(query: Tensor = query, key: Tensor = key, value: Tensor = value) -> Tensor:
-            heads = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        def attention(inputs: tuple[Tensor, ...] = inputs) -> Tensor:
+            heads = (tensor.transpose(1, 2) for tensor in inputs[:3])
             return F.scaled_dot_product_attention(*heads, is_causal=True)
 
-        inputs = (query, key, value, log_decay)
-        ours = trained(lambda inputs=inputs: scan_chunked(*inputs)[0])
-        case, metric = f"scan T={steps}", "forward + backward"
+        def delta(inputs: tuple[Tensor, ...] = inputs) -> Tensor:
+            query, key, value, decay = inputs
+            share = torch.full(query.shape[:-1], 0.3)
+            return scan_delta_chunked(query, F.normalize(key, dim=-1), value, decay.mean(-1), share, share)[0]
+
+        ours = spent[steps] = trained(lambda inputs=inputs: scan_chunked(*inputs)[0], runs)
         if steps in LOOP_LENGTHS:
-            loop = trained(lambda inputs=inputs: scan_naive(*inputs)[0], 3)
-            yield compare(case, metric, "ms", ours, loop, "the same recurrence, looped", 4)
-        yield compare(
-            case, metric, "ms", ours, trained(attention), "causal SDPA", 1 if steps >= LOOP_LENGTHS[-1] else None
-        )
-        yield compare(case, metric, "ms", ours, trained(lambda hidden=hidden: gru(hidden)[0]), "nn.GRU 256")
+            loop = trained(lambda inputs=inputs: scan_naive(*inputs)[0], 1)
+            yield compare(case, metric, "ms", ours, loop, "the same, looped", bound=40 if steps == 2048 else None)
+        bound = 4 if steps == 4096 else None
+        yield compare(case, metric, "ms", ours, trained(attention, runs), "causal SDPA", bound=bound)
+        yield compare(case, metric, "ms", ours, trained(lambda hidden=hidden: gru(hidden)[0], runs), "nn.GRU 256")
+        yield compare(case, metric, "ms", ours, trained(delta, runs), "our delta recurrence")
         if steps in NCPS_LENGTHS:
             narrow = torch.randn(1, steps, NCPS_UNITS)
             ltc = trained(lambda narrow=narrow: liquid(narrow)[0], 1)
-            yield compare(case, metric, "ms", ours, ltc, f"ncps LTC, {NCPS_UNITS} units", 20)
+            yield compare(case, metric, "ms", ours, ltc, f"ncps LTC, {NCPS_UNITS} units")
+    yield compare("scan T=1024 … 8192", "cost exponent", "", exponent(spent), 1.0, "linear", bound=1 / 1.05)
+
+
+def exponent(spent: dict[int, float]) -> float:
+    """Slope of log time over log length from 1024 on."""
+    points = [(math.log(steps), math.log(time)) for steps, time in spent.items() if steps >= 1024]
+    x, y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
+    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+
+
+def layer_rows() -> Iterator[Row]:
+    """A whole decoder layer, forward and backward, beside a Llama layer of the same width that reads the prompt too."""
+    student = make_student()
+    layer = student.model.decoder.layers[0]
+    config = LlamaConfig(hidden_size=WIDTH, intermediate_size=688, num_attention_heads=HEADS, num_hidden_layers=1)
+    config._attn_implementation = "sdpa"
+    llama, rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
+    encoded = torch.randn(1, PROMPT, WIDTH)
+    for steps in (512, 2048, 8192):
+        hidden = torch.randn(1, steps, WIDTH, requires_grad=True)
+        whole = torch.randn(1, PROMPT + steps, WIDTH, requires_grad=True)
+        position = rotary(whole, torch.arange(PROMPT + steps)[None])
+        runs = max(2, 2048 // steps)
+        ours = trained(lambda hidden=hidden: layer(hidden, encoded, None, None, None, False)[0], runs)
+        theirs = trained(lambda whole=whole, at=position: llama(whole, position_embeddings=at), runs)
+        case = f"layer T={steps}"
+        yield compare(case, "forward + backward", "ms", ours, theirs, f"Llama layer over {PROMPT}+T")
+
+
+def make_student(vocabulary: int = VOCAB) -> MiniCodformerForConditionalGeneration:
+    return build_student(StudentShape(), vocab_size=vocabulary, start_token_id=0, end_token_id=1, seed=0).eval()
+
+
+def step_time(student: MiniCodformerForConditionalGeneration, prompt: int, context: int, batch: int = 1) -> float:
+    """CPU milliseconds of one more token in every row, after `context` tokens."""
+    encoded = encode(student, [torch.randint(student.config.vocab_size, (prompt,)).tolist()])
+    state = fresh(student, encoded * batch)
+    tokens = [5] * batch
+    for _ in range(context):
+        advance(student, tokens, state)
+    return milliseconds(lambda: advance(student, tokens, state), 40)
+
+
+def bandwidth(megabytes: int = 256) -> float:
+    """Bytes a second that one thread reads."""
+    block = torch.ones(megabytes * 1_000_000 // 4)
+    return 1e3 * block.nbytes / milliseconds(lambda: block.sum(), 8)
 
 
 def decode_rows() -> Iterator[Row]:
-    """One more token after a context, beside a decoder-only Transformer of the same width, depth and heads."""
-    shape = StudentShape()
-    student = build_student(shape, vocab_size=VOCAB, start_token_id=0, end_token_id=1, seed=0).eval()
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=shape.decoder_layers,
-            num_attention_heads=shape.heads,
-            max_position_embeddings=max(CONTEXTS) + 64,
-        )
-    ).eval()
-    prompt = torch.randint(VOCAB, (1, PROMPT))
-    token = torch.randint(VOCAB, (1, 1))
-    ours = {}
+    """One more token: at a growing answer, at a growing prompt, and beside the memory's bound."""
     with torch.inference_mode():
-        for context in CONTEXTS:
-            ids = torch.randint(VOCAB, (1, context))
-            past = student(prompt, decoder_input_ids=ids, use_cache=True, logits_to_keep=1)
-            encoded = student.get_encoder()(prompt)
-            cache = past.past_key_values
+        small = make_student(SMALL_VOCAB)  # a large output layer would hide any growth
+        spent = {context: step_time(small, PROMPT, context) for context in CONTEXTS}
+        for context in CONTEXTS[1:]:
+            yield compare(
+                f"decode after {context}",
+                "time a token",
+                "ms",
+                spent[context],
+                spent[CONTEXTS[0]],
+                f"our own after {CONTEXTS[0]}",
+                bound=0.95,
+            )
+        student, rate = make_student(), bandwidth()
+        weights = sum(p.nbytes for name, p in student.named_parameters() if "encoder.layers" not in name)
+        for prompt in PROMPTS:
+            keys = 2 * 3 * prompt * WIDTH * 4
+            bound = 1e3 * (weights + keys) / rate
+            ours = step_time(student, prompt, 64)
+            yield compare(
+                f"decode, prompt {prompt}",
+                "time a token",
+                "ms",
+                ours,
+                bound,
+                "weights + keys / bandwidth",
+                bound=1 / 1.5,
+            )
 
-            def ours_step(encoded=encoded, cache=cache) -> None:  # type: ignore[no-untyped-def]
-                student(encoder_outputs=encoded, decoder_input_ids=token, past_key_values=cache, use_cache=True)
 
-            llama_cache = llama(torch.cat([prompt, ids], 1), use_cache=True, logits_to_keep=1).past_key_values
-            ours[context] = milliseconds(ours_step, 40)
-            theirs = milliseconds(lambda cache=llama_cache: llama(token, past_key_values=cache, use_cache=True), 40)
-            case = f"decode after {context}"
-            yield compare(case, "time a token", "ms", ours[context], theirs, "Llama, same width, KV cache")
-            own = sum(
-                layer.recurrent_states[0].nbytes + layer.conv_states[0].nbytes
-                for layer in cache.self_attention_cache.layers
-            ) + sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.cross_attention_cache.layers)
-            kept = sum(2 * shape.hidden_size * 4 * (PROMPT + context) for _ in range(shape.decoder_layers))
-            yield compare(case, "state, prompt included", "kB", own / 1e3, kept / 1e3, "Llama, same width, KV cache")
+def teacher_rows() -> Iterator[Row]:
+    """Tokens a second beside the teacher's shape under transformers, and what a batch gains."""
+    student = make_student()
+    llama = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).eval()
+    rates = {}
+    with torch.inference_mode():
+        for batch in BATCHES:
+            rates[batch] = 1e3 * batch / step_time(student, PROMPT, 64, batch)
+            ids = torch.randint(VOCAB, (batch, 64 if batch > 1 else PROMPT))
+            cache = llama(ids, use_cache=True, logits_to_keep=1).past_key_values
+            token = torch.randint(VOCAB, (batch, 1))
+            theirs = milliseconds(lambda token=token, cache=cache: llama(token, past_key_values=cache), 8)
+            yield compare(
+                f"decode, batch {batch}",
+                "tokens a second",
+                "1/s",
+                rates[batch],
+                1e3 * batch / theirs,
+                "SmolLM2-135M, transformers, fp32",
+                bound=7 if batch == 1 else None,
+                more_is_better=True,
+            )
     yield compare(
-        f"decode after {CONTEXTS[-1]}",
-        "time a token",
-        "ms",
-        ours[CONTEXTS[-1]],
-        ours[CONTEXTS[0]],
-        f"our own after {CONTEXTS[0]}",
-        0.8,
+        "decode, batch 32",
+        "tokens a second",
+        "1/s",
+        rates[32],
+        rates[1],
+        "our own, batch 1",
+        bound=6,
+        more_is_better=True,
     )
-
-
-def commit() -> str:
-    git = ["git", "-C", str(RESULTS.parent.parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [asdict(row) for row in (*sequence_rows(), *decode_rows())]
-    RESULTS.parent.mkdir(exist_ok=True)
-    report = {
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "commit": commit(),
-        "clock": "CPU time of the process, lower quartile",
-        "rows": rows,
-    }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    rows = [row for part in (scan_rows, layer_rows, decode_rows, teacher_rows) for row in part()]
+    write(
+        "student",
+        rows,
+        clock="CPU time of the process, lower quartile",
+        packages=("torch", "transformers", "ncps"),
+        threads=1,
+    )
 
 
 if __name__ == "__main__":
