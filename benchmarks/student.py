@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from benchmarks.record import Row, compare, write
+from stages.inference.few_rows import FewRowsLinear
 from stages.inference.stepping import advance, encode, fresh
 from stages.student.model import MiniCodformerForConditionalGeneration, build_student
 from stages.student.scan_chunked import scan_chunked
@@ -126,7 +127,10 @@ def layer_rows() -> Iterator[Row]:
 
 
 def make_student(vocabulary: int = VOCAB) -> MiniCodformerForConditionalGeneration:
-    return build_student(StudentShape(), vocab_size=vocabulary, start_token_id=0, end_token_id=1, seed=0).eval()
+    """As `Student.load` makes it on a CPU."""
+    student = build_student(StudentShape(), vocab_size=vocabulary, start_token_id=0, end_token_id=1, seed=0).eval()
+    student.set_output_embeddings(FewRowsLinear(student.output_weight()))
+    return student
 
 
 def step_time(student: MiniCodformerForConditionalGeneration, prompt: int, context: int, batch: int = 1) -> float:

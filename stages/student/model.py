@@ -144,7 +144,7 @@ class MiniCodformerForConditionalGeneration(MiniCodformerPreTrainedModel, Genera
         self.model = MiniCodformerModel(config)
         factorised = config.embedding_rank is not None
         self.narrow = nn.Linear(config.hidden_size, config.embedding_size, bias=False) if factorised else None
-        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> TokenEmbedding:
@@ -153,10 +153,10 @@ class MiniCodformerForConditionalGeneration(MiniCodformerPreTrainedModel, Genera
     def set_input_embeddings(self, value: TokenEmbedding) -> None:
         self.model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Linear:
+    def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Linear) -> None:
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
     def get_encoder(self) -> MiniCodformerEncoder:
@@ -187,9 +187,9 @@ class MiniCodformerForConditionalGeneration(MiniCodformerPreTrainedModel, Genera
         narrowed_BTD: Tensor = scaled_BTD if self.narrow is None else self.narrow(scaled_BTD)
         return narrowed_BTD
 
-    def output_weight(self) -> Tensor:
+    def output_weight(self) -> nn.Parameter:
         """The tied embedding, [V, D] or [V, embedding_rank]."""
-        return self.lm_head.weight
+        return self.lm_head.get_parameter("weight")
 
     @torch.no_grad()
     def init_embedding_from_pca(self, components_VD: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from stages.inference.batch import DecodeBatch
+from stages.inference.few_rows import FewRowsLinear
 from stages.inference.generate import Student
 from stages.inference.prompts import PromptCache
 from stages.inference.sampling import Sampling, candidates
@@ -127,3 +128,13 @@ def test_every_recurrence_streams_what_transformers_computes(changes: dict[str, 
         for row, prompt in enumerate(prompts):
             expected = model(prompt[None], decoder_input_ids=responses[row : row + 1]).logits[0]
             torch.testing.assert_close(streamed[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 33])
+def test_the_output_layer_for_few_rows_is_the_plain_one(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.nn.Linear(24, 301, bias=False)
+    hidden = torch.randn(rows, 1, 24, generator=generator)
+    logits = FewRowsLinear(plain.weight)(hidden)
+    torch.testing.assert_close(logits, plain(hidden), rtol=1e-5, atol=1e-5)
+    assert logits.is_contiguous()
