@@ -26,7 +26,10 @@ from shards.errors import ShardError
 from shards.reader import ShardReader
 
 REFRESH_S = 1.0
-_FIRST_CURVES = ("val_kl", "kl", "loss", "ce", "attention", "top1", "tokens_per_s", "data_wait", "grad_norm", "lr")
+_FIRST_CURVES = (
+    *("val_kl", "kl", "loss", "kd", "ce", "kept", "temperature", "hard_share", "hard_mass", "attention", "encoder"),
+    *("top1", "tokens_per_s", "data_wait", "grad_norm", "lr"),
+)
 _NEWEST_SHARDS = 4
 _SAMPLES, _NOTES = 2, 4
 _MEASURE_S = 0.3

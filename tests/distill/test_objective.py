@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from selections import SELECTIONS, contract_of, record_of, without_prompt_rows
 
 from shards.record import Record
 from stages.distill.batches import Batch, assemble
-from stages.distill.losses.table import LOSSES, require_supported
+from stages.distill.losses.table import LOSSES, DistillationLoss, require_supported
 from stages.distill.objective import EVALUATION_SUMS, SUMS, DistillModule, Emphasis, left_out, told_names
 from stages.distill.settings import TEMPERATURE_MODES, ObjectiveSettings
 from stages.distill.temperature import BINS, Difficulty
@@ -212,3 +214,22 @@ def test_a_prompts_rows_teach_the_encoder_alone(student: MiniCodformerForConditi
     }
     assert size["model.encoder.layers.1.attention.query_key_value.weight"] > 1e-4
     assert size["model.decoder.layers.1.cross.query.weight"] < 1e-9
+
+
+def test_the_document_says_of_every_loss_what_the_table_says_and_names_every_metric() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "objective.md").read_text("utf-8")
+    rows = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in document.splitlines() if "|" in line
+    ]
+    told = {row[0].strip("`"): row[2:] for row in rows if len(row) == 6 and row[0].startswith("`")}
+    told.pop("objective.kd")
+
+    def words(loss: DistillationLoss) -> list[str]:
+        ids = "most probable" if loss.exact else "drawn" if loss.draws else "any"
+        asked = "yes" if loss.log_probabilities else "only if T ≠ 1"
+        return [asked, "yes" if loss.tail else "no", ids, "yes" if loss.curve else "no"]
+
+    assert told == {name: words(loss) for name, loss in LOSSES.items()}
+    metrics = {name for row in rows if len(row) == 2 for name in re.findall(r"`(\w+)`", row[0])}
+    assert metrics >= {*SUMS, "loss"} - {"positions"}
+    assert metrics >= set(TEMPERATURE_MODES)

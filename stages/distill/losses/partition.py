@@ -2,8 +2,8 @@
 
 With b = 1/T, p_T(v) = p_v^b / Z(b) and Z(b) = sum of p^b over the exact ids + Z_tail(b). log Z_tail and its slope are
 cached at a few exponents; at b = 1 both follow from the tail's mass and the entropy. Between them a cubic Hermite
-polynomial is taken: with nodes .5 and .25 it missed log Z by at most 6e-3 on real logits, 1.3e-3 on average. The error
-is stated, never called exact.
+polynomial is taken: with nodes .5 and .25 and T up to 4 it missed log Z of a real teacher by at most 6e-3 (64 ids kept;
+1.1e-2 with 12), on average by less than 1.3e-3. The error is stated, never called exact.
 """
 
 from __future__ import annotations
