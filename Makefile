@@ -89,7 +89,7 @@ share: setup ## write the dataset card of a shard set (SHARDS=folder)
 	@$(CLI) share $(SHARDS)
 
 .PHONY: serve
-serve: setup ## the newest student (or NAME=run) over HTTP on this machine, in OpenAI's protocol
+serve: setup ## the newest student (or NAME=run) over HTTP on this machine: a page to chat on, and OpenAI's protocol
 	@$(CLI) serve $(NAME)
 
 .PHONY: reference

@@ -207,7 +207,7 @@ def serve(
 ) -> None:
     """Serve students over HTTP.
 
-    OpenAI's protocol below /v1, and /health, /ready and /metrics.
+    OpenAI's protocol below /v1, a page to chat on at /, the runs at /runs, and /health, /ready and /metrics.
     """
     from pipeline import serving
 

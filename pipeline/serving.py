@@ -35,7 +35,7 @@ def serve(models: Sequence[str], say: Callable[[str], None], **options: Any) -> 
     names = ", ".join(model.name for model in served)
 
     def listening(address: str) -> None:
-        say(f"serving {names} at {address} (OpenAI's protocol below {address}/v1); Ctrl-C stops it")
+        say(f"serving {names} at {address} (a page; OpenAI's protocol below {address}/v1); Ctrl-C stops it")
         if not settings.only_this_machine and settings.api_key is None:
             say("warning: anyone who reaches this machine may use it; set MINICODFORMER_API_KEY to ask for a key")
 

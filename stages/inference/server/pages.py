@@ -1,13 +1,20 @@
-"""The runs that whoever starts the server lets it show."""
+"""The pages for people: files of this package, and the runs that whoever starts the server lets it show."""
 
 from __future__ import annotations
 
+from importlib.resources import files
 from typing import Protocol
 
 from fastapi import APIRouter, Response
 
 from stages.inference.server.errors import Refusal
 
+_TYPES = {
+    "css": "text/css; charset=utf-8",
+    "html": "text/html; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "png": "image/png",
+}
 _JSON = "application/json"
 
 
@@ -34,8 +41,31 @@ class NoRuns:
 
 
 def page_routes(runs: Runs) -> APIRouter:
-    """The data of the runs."""
+    """The files are read once, here: no request names a path of this machine."""
     router = APIRouter(include_in_schema=False)
+    kept = {
+        entry.name: (entry.read_bytes(), _TYPES[entry.name.rpartition(".")[2]])
+        for entry in (files("stages.inference") / "web").iterdir()
+        if entry.name.rpartition(".")[2] in _TYPES
+    }
+
+    def page(name: str) -> Response:
+        if name not in kept:
+            raise Refusal(404, "there is no such file here")
+        content, media_type = kept[name]
+        return Response(content, media_type=media_type, headers={"cache-control": "no-cache"})
+
+    @router.get("/")
+    async def chat() -> Response:
+        return page("chat.html")
+
+    @router.get("/runs")
+    async def all_runs() -> Response:
+        return page("runs.html")
+
+    @router.get("/web/{name}")
+    async def file(name: str) -> Response:
+        return page(name)
 
     # Not async: reading logs takes a while, and a thread of the pool can wait for it.
     @router.get("/api/runs")

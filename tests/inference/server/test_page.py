@@ -1,0 +1,233 @@
+"""The pages in a real browser: by keyboard alone, on a phone's width, in both themes, and with nothing from outside."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from pipeline.serving import ShownRuns
+from stages.inference.generate import Student
+from stages.inference.server.app import create_app
+from stages.inference.server.models import ServedModel
+from stages.inference.server.settings import ServerSettings
+
+PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
+LEAST_CONTRAST = 4.5
+"""Of text against what is behind it (WCAG 2, AA)."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        if program is None and not Path(playwright.chromium.executable_path).exists():
+            pytest.skip("no Chromium here: apt-get install chromium, or playwright install chromium")
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(served: ServedModel, serve: Any, standing_run: Path) -> Iterator[str]:
+    with serve(create_app([served], ServerSettings(max_new_tokens=64), ShownRuns(standing_run.parent))) as address:
+        yield address
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    """A page that fails the test where it asks anyone else for anything, or complains."""
+    context = browser.new_context(viewport=DESK)
+    page = watched(context.new_page(), address)
+    yield page
+    context.close()
+    assert page.complaints == []  # type: ignore[attr-defined]
+
+
+def watched(page: Page, address: str) -> Page:
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(address) or complaints.append(request.url))
+    page.complaints = complaints  # type: ignore[attr-defined]
+    page.set_default_timeout(30_000)
+    return page
+
+
+def ask(page: Page, text: str) -> None:
+    page.locator("#prompt").fill(text)
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn.assistant").last).not_to_have_attribute("aria-busy", "true")
+
+
+def greedy(page: Page) -> None:
+    page.locator("#temperature").fill("0")
+
+
+def test_an_answer_is_streamed_and_each_token_shows_its_alternatives_by_keyboard_alone(
+    page: Page, address: str, student: Student
+) -> None:
+    page.goto(address)
+    expect(page.locator("#prompt")).to_be_focused()
+    greedy(page)
+    page.locator("#prompt").focus()
+    page.keyboard.type("讲")
+    page.keyboard.press("Enter")
+    answer = page.locator(".turn.assistant .text")
+    expect(answer).to_have_text("从前有座山。")
+    expect(page.locator(".figures")).to_contain_text("tokens/s")
+    expect(page.locator("#prompt")).to_be_focused()
+    page.keyboard.press("Shift+Tab")
+    words = page.locator(".word")
+    expect(words.first).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    expect(words.nth(1)).to_be_focused()
+    (expected,) = student.generate("讲", logprobs=8)
+    assert expected.logprobs is not None
+    character = "从前"[1]
+    count = len(character.encode())
+    expect(page.locator("#alternatives")).to_contain_text(f"is {count} tokens")
+    rows = page.locator("#alternatives li")
+    assert rows.count() == 8 * count
+    best = expected.logprobs[len("从".encode())].top
+    shares = [f"{100 * math.exp(token.logprob):.1f}%" for token in best]
+    shown = [row.split("\n")[-1] for row in rows.all_inner_texts()[:8]]
+    assert [text for text in shown if text != "<0.1%"] == [
+        s for s, t in zip(shares, best, strict=True) if t.logprob > math.log(1e-3)
+    ]
+
+
+def test_a_conversation_goes_on_and_begins_anew(page: Page, address: str) -> None:
+    page.goto(address)
+    greedy(page)
+    ask(page, "count")
+    expect(page.locator(".turn.assistant .text")).to_have_text("one two three four")
+    ask(page, "count")
+    assert page.locator(".turn").count() == 4
+    sent: list[Any] = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
+    page.locator("#system").fill("Be short.")
+    page.locator("#seed").fill("7")
+    page.locator("#stop-at").fill("four")
+    ask(page, "again")
+    assert [turn["role"] for turn in sent[0]["messages"]] == ["system", *(["user", "assistant"] * 2), "user"]
+    assert (sent[0]["seed"], sent[0]["stop"], sent[0]["temperature"]) == (7, "four", 0)
+    page.locator("#reset").click()
+    assert page.locator(".turn").count() == 0
+    expect(page.locator("#welcome")).to_be_visible()
+
+
+def test_what_is_written_is_text_and_never_markup(page: Page, address: str) -> None:
+    page.goto(address)
+    trap = "<img src=x onerror=document.title='sprung'><b>bold</b>"
+    ask(page, trap)
+    expect(page.locator(".turn.user .text")).to_have_text(trap)
+    assert page.locator(".turn img, .turn b").count() == 0
+    assert page.title() == "MiniCodformer · chat"
+
+
+def test_escape_stops_an_answer_and_keeps_what_was_said(
+    browser: Browser, served: ServedModel, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(served.student.model.config, "eos_token_id", -1)
+        with serve(create_app([served], ServerSettings(max_new_tokens=10**7))) as address:
+            page = watched(browser.new_page(), address)
+            page.goto(address)
+            page.locator("#max-tokens").fill("10000000")
+            page.locator("#prompt").fill("count")
+            page.keyboard.press("Enter")
+            expect(page.locator("#stop")).to_be_visible()
+            page.locator(".word").nth(3).wait_for()
+            page.keyboard.press("Escape")
+            expect(page.locator("#send")).to_be_visible()
+            expect(page.locator(".figures")).to_contain_text("stopped")
+            page.wait_for_function("async () => (await (await fetch('/api/status')).text()).includes('\"running\":0')")
+            page.close()
+
+
+def test_a_server_that_asks_for_a_key_is_told_it_on_the_page(browser: Browser, served: ServedModel, serve: Any) -> None:
+    with serve(create_app([served], ServerSettings(api_key="a key"))) as address:
+        page = browser.new_page()
+        page.goto(address)
+        expect(page.locator("#key")).to_be_focused()
+        page.keyboard.type("a key")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-form")).to_be_hidden()
+        greedy(page)
+        ask(page, "count")
+        expect(page.locator(".turn.assistant .text")).to_have_text("one two three four")
+        page.close()
+
+
+def test_the_runs_are_those_of_the_monitor(page: Page, address: str, standing_run: Path) -> None:
+    page.goto(f"{address}/runs")
+    expect(page.locator(".list a")).to_have_count(1)
+    expect(page.locator("h1")).to_have_text("tiny finished")
+    expect(page.locator(".sample")).to_contain_text("1 + 1?")
+    expect(page.locator(".view")).to_contain_text("This machine")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#view")).to_be_focused()
+    page.goto(f"{address}/runs#../..")
+    expect(page.locator("h1")).to_have_text("tiny finished")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+def test_it_fits_and_can_be_read(browser: Browser, address: str, theme: Any, size: Any) -> None:
+    context = browser.new_context(viewport=size, color_scheme=theme)
+    page = watched(context.new_page(), address)
+    page.goto(address)
+    greedy(page) if size is DESK else None
+    ask(page, "how much is six times seven, please?")
+    page.locator(".word").nth(2).click()
+    expect(page.locator(".candidates").first).to_be_visible()
+    for path in ("", "runs"):
+        if path:
+            page.goto(f"{address}/{path}")
+            expect(page.locator(".sample").first).to_be_visible()
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide <= 0, "nothing reaches beyond the screen"
+        faint = [text for text, contrast in page.evaluate(CONTRASTS) if contrast < LEAST_CONTRAST]
+        assert faint == [], "text that is hard to read"
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, ground[4:-1].split(","))) > 3 * 128) == (theme == "light")
+    assert page.complaints == []  # type: ignore[attr-defined]
+    context.close()
+
+
+CONTRASTS = """() => {
+  const pixel = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const over = (colours) => {  // painted one over the other, as the browser does
+    pixel.clearRect(0, 0, 1, 1);
+    for (const colour of colours) { pixel.fillStyle = colour; pixel.fillRect(0, 0, 1, 1); }
+    return [...pixel.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const luminance = (rgb) => {
+    const [r, g, b] = rgb.map((c) => c / 255).map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const found = [];
+  while (walker.nextNode()) {
+    const text = walker.currentNode.textContent.trim(), holder = walker.currentNode.parentElement;
+    if (!text || !holder.checkVisibility() || holder.closest(".hidden, .skip, option")) continue;
+    const behind = [];
+    for (let at = holder; at; at = at.parentElement) behind.unshift(getComputedStyle(at).backgroundColor);
+    const [ground, ink] = [over(behind), over([...behind, getComputedStyle(holder).color])].map(luminance);
+    found.push([text.slice(0, 40), (Math.max(ground, ink) + 0.05) / (Math.min(ground, ink) + 0.05)]);
+  }
+  return found;
+}"""
+
+
+def test_the_contrast_check_itself_sees_faint_text(page: Page, address: str) -> None:
+    page.goto(address)
+    page.evaluate("document.querySelector('.keys').style.color = 'color-mix(in srgb, currentColor 45%, transparent)'")
+    assert min(contrast for _, contrast in page.evaluate(CONTRASTS)) < LEAST_CONTRAST
