@@ -104,9 +104,9 @@ def test_every_loss_at_every_temperature_equals_the_oracle_from_full_distributio
     dense = ORACLES[name](logits, side, temperature_N).sum()
     want = torch.autograd.grad(0.7 * 3 * dense, (hidden, weight))
     exact = mode == "none" or not LOSSES[name].curve
-    rtol = 1e-9 if exact else 1e-5  # the curve's error, at these dense nodes
+    rtol = 1e-9 if exact else 1e-6  # the curve's error, at these dense nodes
     torch.testing.assert_close(fused.sums[0], dense.detach(), rtol=rtol, atol=1e-12)
-    torch.testing.assert_close((hidden.grad, weight.grad), want, rtol=rtol, atol=1e-11 if exact else 1e-4)
+    torch.testing.assert_close((hidden.grad, weight.grad), want, rtol=rtol, atol=1e-11 if exact else 1e-6)
 
 
 @pytest.mark.parametrize("block_rows", [1, 5, 64])
@@ -181,7 +181,7 @@ def test_a_student_equal_to_the_teacher_has_no_loss_and_no_gradient(name: str, m
     what = objective((name, 1.0), temperature=TEMPERATURES[mode], temper=whole)
     fused = fused_rows(hidden, weight, side.rows, what)
     fused.objective.backward()
-    curve = 1e-4 if whole else 1e-12
+    curve = 1e-6 if whole else 1e-12
     if name == "total_variation":  # it has a kink there
         assert abs(fused.objective) < max(curve, 1e-10)
         return

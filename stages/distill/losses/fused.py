@@ -107,10 +107,9 @@ class _FusedRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_objective: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, for lack of room: a second backward through the same graph is refused by autograd's own check.
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        grad_weight_VD = grad_weight_VD.mul_(grad_objective).to(ctx.weight_dtype)
-        return grad_hidden_ND.mul_(grad_objective.to(grad_hidden_ND.dtype)), grad_weight_VD, None, None, None
+        grad_weight_VD = (grad_weight_VD * grad_objective).to(ctx.weight_dtype)
+        return grad_hidden_ND * grad_objective.to(grad_hidden_ND.dtype), grad_weight_VD, None, None, None
 
 
 @dataclass(slots=True)
