@@ -92,6 +92,17 @@ share: setup ## write the dataset card of a shard set (SHARDS=folder)
 serve: setup ## the newest student (or NAME=run) over HTTP on this machine: a page to chat on, and OpenAI's protocol
 	@$(CLI) serve $(NAME)
 
+BENCHMARKS = $(patsubst benchmarks/results/%.json,%,$(wildcard benchmarks/results/*.json))
+
+.PHONY: bench
+bench: setup ## every benchmark on this machine, then benchmarks/RESULTS.md (about half an hour on 2 cores)
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(PYTHON) -m benchmarks.$$name || exit 1; done
+	@$(PYTHON) -m benchmarks.report
+
+.PHONY: bench-report
+bench-report: setup ## benchmarks/RESULTS.md anew from benchmarks/results
+	@$(PYTHON) -m benchmarks.report
+
 .PHONY: reference
 reference: setup ## write docs/cli.md anew from the command line itself
 	@PYTHONPATH=. .venv/bin/typer cli.py utils docs --name "python cli.py" --title "The command line" --output docs/cli.md

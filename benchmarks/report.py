@@ -1,0 +1,63 @@
+"""benchmarks/RESULTS.md, made from results/*.json: every figure with its peer, its bound and the command beside it.
+
+python -m benchmarks.report
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS
+
+REPORT = RESULTS.parent / "RESULTS.md"
+HEAD = """# Results
+
+Made by `make bench` from `benchmarks/results/*.json`; nothing here is typed by hand. *Ratio* is how many times better
+ours is, above 1 ahead; *bound* is what it has to reach, where something is promised.
+"""
+
+
+def report() -> str:
+    results = ((path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json")))
+    return "\n".join([HEAD, *("\n".join(_section(name, facts)) for name, facts in results)])
+
+
+def _section(name: str, facts: dict[str, Any]) -> Iterator[str]:
+    versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+    yield f"## {name}\n"
+    yield f"{_purpose(name)}\n"
+    yield f"`python -m benchmarks.{name}` at commit {facts['commit']}; {facts['machine']}; {versions}."
+    yield f"Clock: {facts['clock']}.\n"
+    yield "| case | metric | ours | reference | | ratio | bound |"
+    yield "|---|---|---:|---:|---|---:|---|"
+    for row in facts["rows"]:
+        figures = f"{row['ours']:g} {row['unit']} | {row['reference']:g} {row['unit']}"
+        yield f"| {row['case']} | {row['metric']} | {figures} | {row['reference_name']} | {_ratio(row)} |"
+    yield ""
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    bound, ratio = row["bound"], f"{row['ratio']:.3g}"
+    if bound is None:
+        return f"{ratio} | "
+    return f"{ratio} | {bound:.3g}: {'held' if row['ratio'] >= bound else '**missed**'}"
+
+
+def _purpose(name: str) -> str:
+    """The first paragraph of the benchmark's own docstring."""
+    source = (RESULTS.parent / f"{name}.py").read_text(encoding="utf-8")
+    text = ast.get_docstring(ast.parse(source)) or ""
+    return text.split("\n\n")[0]
+
+
+def main() -> None:
+    REPORT.write_text(report(), encoding="utf-8")
+    print(f"wrote {REPORT.relative_to(Path.cwd()) if REPORT.is_relative_to(Path.cwd()) else REPORT}")
+
+
+if __name__ == "__main__":
+    main()
