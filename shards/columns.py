@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shards.errors import Corrupt
-from shards.schema import LENGTHS, STATISTICS
+from shards.schema import LENGTHS, STATISTICS, numbers_of
 from shards.shard import ShardReader
 from shards.storage import Storage
 
@@ -92,7 +92,7 @@ class Columns:
         """One number for each record of `rows`, not copied. Raises ValueError where there is no such column."""
         if name not in (*LENGTHS, *STATISTICS):
             raise ValueError(f"no column of numbers {name!r}: there are {', '.join((*LENGTHS, *STATISTICS))}")
-        return np.asarray(self._batch.column(name).to_numpy(zero_copy_only=True))[rows]
+        return numbers_of(self._batch.column(name))[rows]
 
     def sample_ids(self, rows: slice) -> pa.Array:
         return self._batch.column("sample_id")[rows]

@@ -33,6 +33,7 @@ from shards.schema import (
     cell_check,
     cell_names,
     fixed_parts,
+    numbers_of,
     schema_for,
 )
 
@@ -113,7 +114,7 @@ class ShardReader:
         """A plain column of one number a row, no payload read. Raises ValueError where there is no such column."""
         if name not in (*LENGTHS, *STATISTICS):
             raise ValueError(f"no column of numbers {name!r}: there are {', '.join((*LENGTHS, *STATISTICS))}")
-        return np.asarray(self._batch.column(name).to_numpy()).copy()
+        return numbers_of(self._batch.column(name)).copy()
 
     def cell_sizes(self, name: str) -> NDArray[np.int64]:
         """Bytes of each row's cell in column `name`."""

@@ -1,0 +1,200 @@
+"""A set of ten million response tokens: opened, and read in a shuffled order with flat memory.
+
+Prints a table and writes results/reader.json. The set is synthetic: one real shard of seeded top-64 distributions over
+151,936 ids, repeated under other sample ids, 1.1 GB on disk. Opening is timed in a process of its own, imports not
+counted; the file pages may be in memory. Reading is one thread; both orders and both libraries take turns, and
+the figures are medians. Memory is the resident set of the process that reads, mapped pages included.
+
+    python benchmarks/reader.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+import benchmarks.record as results
+from shards.contract import Contract, Selection
+from shards.export import export_parquet
+from shards.framing import write_frame
+from shards.manifest import begin, seal
+from shards.reader import ShardSet, Split
+from shards.record import Record
+from shards.schema import fixed_parts
+from shards.shard import ShardReader
+from shards.storage import LocalStorage
+from shards.units import ShardInfo, publish_unit
+from shards.writer import build_shard
+
+SHARDS, RECORDS, TOKENS, PROMPT, K, VOCABULARY = 100, 100, 1_000, 100, 64, 151_936
+ROUNDS, SAMPLE = 5, 150
+OPEN_SECONDS = 1.0
+CONTRACT = Contract(
+    codec="topk-planes/1",
+    teacher="synthetic",
+    teacher_fingerprint="1" * 64,
+    tokenizer_fingerprint="2" * 64,
+    vocab_size=VOCABULARY,
+    start_token_id=0,
+    end_token_id=1,
+    selection=Selection(kind="topk", k=K),
+    attention=None,
+    corpus_fingerprint="3" * 64,
+    engine="synthetic 1",
+    dtype="float32+float32",
+)
+
+
+def synthetic_record(rng: np.random.Generator, number: int) -> Record:
+    """Zipf's law with an exponent of its own at each position, over ids drawn at random."""
+    ranks_V = np.log(np.arange(1, VOCABULARY + 1))
+    slopes_N = rng.uniform(1.2, 3.0, TOKENS)
+    log_sums_N = np.array([np.logaddexp.reduce(-slope * ranks_V) for slope in slopes_N[:50]])
+    slopes_N, log_sums_N = np.resize(slopes_N[:50], TOKENS), np.resize(log_sums_N, TOKENS)
+    logprobs_NK = -slopes_N[:, None] * ranks_V[:K] - log_sums_N[:, None]
+    ids_NK = rng.integers(0, VOCABULARY - K, (TOKENS, 1)) + rng.permuted(np.tile(np.arange(K), (TOKENS, 1)), axis=1)
+    return Record(
+        sample_id=f"{number:012d}",
+        prompt_ids_P=rng.integers(0, VOCABULARY, PROMPT, np.int32),
+        response_ids_R=rng.integers(0, VOCABULARY, TOKENS, np.int32),
+        first_position=0,
+        ids_NK=ids_NK.astype(np.int32),
+        logprobs_NK=logprobs_NK.astype(np.float32),
+        log_tail_N=np.log1p(-np.exp(logprobs_NK).sum(axis=1)).astype(np.float32),
+        entropy_N=np.full(TOKENS, 2.0, np.float32),
+    )
+
+
+def make_set(folder: Path, shards: int) -> Path:
+    """Build one shard and repeat it under other names and sample ids."""
+    rng = np.random.default_rng(0)
+    data = build_shard("train-00000", "train", CONTRACT, [synthetic_record(rng, row) for row in range(RECORDS)])
+    storage = LocalStorage(folder)
+    begin(storage, CONTRACT)
+    infos: list[ShardInfo] = []
+    with ShardReader.of(data, called="the one") as shard:
+        at = shard.batch.schema.get_field_index("sample_id")
+        for number in range(shards):
+            ids = pa.array([f"{number * RECORDS + row:012d}" for row in range(RECORDS)])
+            unit = f"train-{number:05d}"
+            metadata = {**shard.batch.schema.metadata, b"unit": unit.encode()}
+            batch = shard.batch.set_column(at, shard.batch.schema.field(at), ids).replace_schema_metadata(metadata)
+            infos.append(publish_unit(storage, unit, write_frame(batch, fixed_parts(batch)), CONTRACT))
+    seal(storage, CONTRACT, infos)
+    return folder
+
+
+def in_child(verb: str, folder: Path) -> dict[str, float]:
+    done = subprocess.run([sys.executable, __file__, verb, str(folder)], stdout=subprocess.PIPE, text=True, check=True)
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def open_set(folder: Path) -> dict[str, float]:
+    """Seconds until every length is known: through the columns of the set, and shard by shard."""
+    begun = time.perf_counter()
+    shards = ShardSet(folder)
+    tokens = int(shards.split("train").response_lengths.sum())
+    whole = time.perf_counter() - begun
+    begun = time.perf_counter()
+    one_by_one = 0
+    for info in shards.manifest.shards:
+        with ShardReader.open(folder / info.name) as shard:
+            one_by_one += int(shard.numbers("response_length").sum())
+    assert tokens == one_by_one
+    return {"columns": whole, "shards": time.perf_counter() - begun, "tokens": tokens}
+
+
+def read_shuffled(folder: Path) -> dict[str, float]:
+    """Every record once in a shuffled order: seconds, and the resident set at half and at the end (peaks, MiB)."""
+    split = ShardSet(folder).split("train")
+    order = np.random.default_rng(1).permutation(len(split))
+    begun, before, peaks = time.perf_counter(), resident(), [0.0, 0.0]
+    for turn, index in enumerate(order.tolist()):
+        assert split[index].positions == TOKENS
+        half = 2 * turn // len(order)
+        peaks[half] = max(peaks[half], resident())
+    seconds = time.perf_counter() - begun
+    return {"seconds": seconds, "before": before, "half": peaks[0], "end": peaks[1], "records": len(split)}
+
+
+def resident() -> float:
+    """MiB of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def rate(split: Split, order: list[int]) -> float:
+    begun = time.perf_counter()
+    for index in order:
+        assert split[index].ids_NK.shape == (TOKENS, K)
+    return len(order) * TOKENS / (time.perf_counter() - begun)
+
+
+def datasets_rate(rows: object, order: list[int]) -> float:
+    """The same numbers as arrays out of `datasets`, which keeps them decoded on disk."""
+    begun = time.perf_counter()
+    for index in order:
+        row = rows[index]  # type: ignore[index]
+        assert row["ids"].shape == row["logprobs"].shape == (TOKENS, K)
+    return len(order) * TOKENS / (time.perf_counter() - begun)
+
+
+def main() -> None:
+    import datasets
+
+    rows: list[results.Row] = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = make_set(Path(place) / "ten million", SHARDS)
+        size = sum(path.stat().st_size for path in folder.rglob("*.arrow"))
+        case = f"{SHARDS * RECORDS * TOKENS / 1e6:.0f}M tokens, {size / 1e9:.2f} GB"
+        opened = [in_child("open", folder) for _ in range(ROUNDS)]
+        median = statistics.median(figures["columns"] for figures in opened)
+        rows.append(results.compare(case, "open", "s", median, OPEN_SECONDS, "the promise", bound=1.0))
+        by_shard = statistics.median(figures["shards"] for figures in opened)
+        rows.append(results.compare(case, "open", "s", median, by_shard, "opening every shard"))
+
+        read = in_child("read", folder)
+        rows.append(
+            results.compare(case, "peak memory, shuffled", "MiB", read["end"], read["half"], "peak at half", bound=0.95)
+        )
+        rows.append(results.compare(case, "peak memory, shuffled", "MiB", read["end"], size / 2**20, "the set"))
+
+        export_parquet(make_set(Path(place) / "one million", 10), Path(place) / "parquet")
+        theirs = datasets.load_dataset(f"{place}/parquet", split="train", cache_dir=f"{place}/datasets")
+        theirs = theirs.select_columns(["ids", "logprobs"]).with_format("numpy")
+        split = ShardSet(folder).split("train")
+        shuffled, straight, other = [], [], []
+        for turn in range(ROUNDS):
+            rng = np.random.default_rng(turn)
+            shuffled.append(rate(split, rng.choice(len(split), SAMPLE, replace=False).tolist()))
+            straight.append(rate(split, list(range(turn * SAMPLE, (turn + 1) * SAMPLE))))
+            other.append(datasets_rate(theirs, rng.choice(len(theirs), SAMPLE, replace=False).tolist()))
+        ours = statistics.median(shuffled)
+        for reference, name in ((straight, "in order"), (other, "datasets, decoded on disk")):
+            rows.append(
+                results.compare(
+                    case, "decode, shuffled", "tokens/s", ours, statistics.median(reference), name, more_is_better=True
+                )
+            )
+    results.write(
+        "reader",
+        rows,
+        clock="wall, medians of interleaved rounds",
+        packages=("numpy", "pyarrow", "zstandard", "datasets"),
+        threads=1,
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        print(json.dumps({"open": open_set, "read": read_shuffled}[sys.argv[1]](Path(sys.argv[2]))))
+    else:
+        main()
