@@ -296,6 +296,24 @@ def merge(
 
 
 @app.command()
+def reselect(
+    target: Annotated[str, typer.Argument(help="The folder or URL of the set to make.")],
+    source: Annotated[str, typer.Argument(help="The folder or URL of the set to take it from.")],
+    k: Annotated[int, typer.Option("--k", min=1, help="Most ids a position.")],
+    mass: Annotated[float | None, typer.Option("--mass", help="Stop at this probability mass.")] = None,
+    floor: Annotated[float | None, typer.Option("--floor", help="Keep no id less probable than this.")] = None,
+) -> None:
+    """Make a shard set that keeps fewer ids a position.
+
+    What is dropped goes back to the tail, its partition curve included; no teacher is needed. Stopped and started
+    again, it goes on.
+    """
+    from pipeline.shard_tools import reselect as reselect_set
+
+    _print(reselect_set(source, target, k=k, mass=mass, floor=floor))
+
+
+@app.command()
 def card(name: RunOption = None) -> None:
     """Write the model card of a finished run.
 

@@ -1,4 +1,4 @@
-"""What can be made out of shard sets from the command line, without the teacher: an export, a merged set."""
+"""What the command line makes out of shard sets, without the teacher: an export, a merged set, a smaller one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pipeline import figures
 from pipeline.errors import UsageError
 from pipeline.inspection import location
 from pipeline.sinks import listening
+from shards.contract import Selection
 from shards.export import FORMATS, export_parquet
 from shards.manifest import Manifest
 from shards.merge import merge_sets
+from shards.reselect import reselect_set
 from stages.events import Progress
 
 
@@ -36,6 +38,16 @@ def merge(places: Sequence[str], target: str) -> list[str]:
     with _told("merge") as progress, _usage("merge sets of different corpora, each named once"):
         manifest = merge_sets(sources, target, progress=progress)
     return [_made("merged", manifest, target)]
+
+
+def reselect(place: str, target: str, *, k: int, mass: float | None, floor: float | None) -> list[str]:
+    """Make a set that keeps fewer ids. Raises UsageError for a selection that the source does not hold."""
+    source = location(place)
+    with _told("reselect") as progress, _usage("a set can only lose ids: fewer k, less mass, a higher floor"):
+        kind = "topk" if mass is None and floor is None else "adaptive"
+        selection = Selection(kind=kind, k=k, mass=1.0 if mass is None else mass, floor=floor or 0.0)
+        manifest = reselect_set(source, target, selection, progress=progress)
+    return [_made("reselected", manifest, target)]
 
 
 def _made(word: str, manifest: Manifest, target: str) -> str:

@@ -82,6 +82,18 @@ def test_export_shards_writes_what_polars_reads(run: Callable[..., Result], shar
     assert isinstance(run("export-shards", shards, tmp_path / "out", "--to", "csv").exception, UsageError)
 
 
+def test_reselect_keeps_fewer_ids(run: Callable[..., Result], shards: Path, tmp_path: Path) -> None:
+    done = run("reselect", tmp_path / "narrow", shards, "--k", 2)
+    assert done.exit_code == 0, done.output
+    assert "reselected 4 shards, 8 records" in done.output
+    narrow = read_manifest(tmp_path / "narrow")
+    assert narrow.contract.selection.k == 2
+    assert narrow.totals()["positions"] == read_manifest(shards).totals()["positions"]
+    outcome = run("reselect", tmp_path / "wide", shards, "--k", 5)
+    assert isinstance(outcome.exception, UsageError)
+    assert "keeps 4 ids a position, not 5" in str(outcome.exception)
+
+
 def test_merge_refuses_one_set_twice(run: Callable[..., Result], shards: Path, tmp_path: Path) -> None:
     outcome = run("merge", tmp_path / "out", shards, shards)
     assert isinstance(outcome.exception, UsageError)
