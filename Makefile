@@ -1,4 +1,4 @@
-# The verbs of cli.py for people. Variables: RECIPE, NAME, DATA, GPUS, TP, SHARDS, SET, OUT, TARGET.
+# The verbs of cli.py for people. Variables: RECIPE, NAME, DATA, GPUS, TP, SHARDS, HOSTS, TRACK, SET, OUT, TARGET.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
@@ -6,12 +6,13 @@ CLI := $(PYTHON) cli.py
 
 RECIPE_FLAGS = $(if $(RECIPE),--recipe $(RECIPE)) $(if $(NAME),--name $(NAME)) $(if $(DATA),--data $(DATA)) $(foreach pair,$(SET),--set $(pair))
 REPLICA_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--tp $(TP))
-RANK_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(SHARDS),--shards $(SHARDS))
+RANK_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(SHARDS),--shards $(SHARDS)) $(if $(HOSTS),--hosts $(HOSTS)) $(if $(TRACK),--track $(TRACK))
+SCREEN = $(or $(NAME),minicodformer_train)
 
 .PHONY: help
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: RECIPE=smollm2-demo|qwen3-8b|file.toml  NAME=run  DATA=rows.jsonl  GPUS=n  TP=n  SHARDS=folder  SET='a.b=c d.e=f'  OUT=folder"
+	@echo "Variables: RECIPE=smollm2-demo|qwen3-8b|file.toml  NAME=run  DATA=rows.jsonl  GPUS=n  TP=n  SHARDS=folder  HOSTS=hostfile  TRACK=wandb  SET='a.b=c d.e=f'  OUT=folder"
 
 .PHONY: setup
 setup: ## everything this machine needs, into .venv (once; CPU or CUDA by what the machine has)
@@ -55,10 +56,12 @@ distill: setup ## stage two: the student from the shards (GPUS=n; without a GPU,
 	@$(CLI) distill $(RECIPE_FLAGS) $(RANK_FLAGS)
 
 .PHONY: distill-screen
-distill-screen: setup ## the same in the background: a `screen` session of the run's name
+distill-screen: setup ## the same in a `screen` session that survives the terminal: minicodformer_train, or NAME
 	@command -v screen >/dev/null || { echo "error: screen is not installed"; echo "hint: apt-get install screen, or use make distill"; exit 1; }
-	@screen -dmS minicodformer $(CLI) distill $(RECIPE_FLAGS) $(RANK_FLAGS)
-	@echo "training in the background: screen -r minicodformer to look, ctrl-a d to leave it running, make watch to follow"
+	@! screen -ls | grep -q "\.$(SCREEN)[[:space:]]" || { echo "error: there is a screen session $(SCREEN) already"; echo "hint: screen -r $(SCREEN) to look, or give this one a NAME"; exit 1; }
+	@mkdir -p runs && screen -dmS $(SCREEN) -L -Logfile runs/$(SCREEN).screen.log $(CLI) distill $(RECIPE_FLAGS) $(RANK_FLAGS)
+	@echo "training in the background: screen -r $(SCREEN) to look, ctrl-a d to leave it running, make watch to follow;"
+	@echo "what it says is in runs/$(SCREEN).screen.log too"
 
 .PHONY: watch
 watch: setup ## watch the running or newest run (or NAME=run): progress, curves, load, warnings; Ctrl-C leaves it alone

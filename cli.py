@@ -140,7 +140,11 @@ def distill(
     data: DataOption = None,
     overrides: SetOption = None,
     gpus: GpusOption = None,
+    hosts: Annotated[
+        Path | None, typer.Option("--hosts", help="Train over machines: a hostfile, `worker-1 slots=4` a line.")
+    ] = None,
     shards: ShardsOption = None,
+    track: Annotated[str, typer.Option("--track", help="tensorboard, trackio, wandb or none.")] = "tensorboard",
 ) -> None:
     """Stage two: the student, out of the shards.
 
@@ -150,7 +154,7 @@ def distill(
     from pipeline.summary import distill_lines
 
     chosen, run = _choose(recipe, name, data, overrides)
-    _print(distill_lines(steps.distill(chosen, run, shards=shards, gpus=gpus), run))
+    _print(distill_lines(steps.distill(chosen, run, shards=shards, gpus=gpus, hosts=hosts, tracker=track), run))
 
 
 @app.command()
@@ -450,7 +454,7 @@ def main() -> None:
     except (PipelineError, StageError, ShardError, OSError) as error:
         sys.exit(_explain(error))
     except SystemExit as stop:
-        if stop.code == 128 + signal.SIGINT:
+        if stop.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             typer.echo("stopped; run the same command again to go on", err=True)
         raise
 

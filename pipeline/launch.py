@@ -6,11 +6,19 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from pipeline.errors import PipelineError, UsageError
+from pipeline.rank import take_failure
 from pipeline.run import RunFolder
+
+STOP_WITHIN_S = 600
+"""How long ranks may take to end their step and save, once asked to stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,21 +95,19 @@ def count_replicas(gpus: int | None, tensor_parallel: int, here: Machine, sizes:
     return gpus // tensor_parallel
 
 
-def run_ranks(run: RunFolder, shards: Path, count: int, here: Machine) -> None:
+def run_ranks(run: RunFolder, shards: Path, count: int, here: Machine, *, tracker: str) -> None:
     """Train with `count` processes on this machine, through torch's elastic launcher.
 
-    Raises PipelineError with the message and hint of the rank that failed first.
+    SIGTERM and Ctrl-C ask the ranks to save after the step they are in; SystemExit of that signal follows. A second one
+    does not wait. Raises PipelineError with the message and hint of the rank that failed first.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from pipeline.rank import take_failure
-
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say what failed, once
     take_failure(run)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, here.cores // count))
-    if not here.gpus:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.update(rank_environment(here, count))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -111,15 +117,36 @@ def run_ranks(run: RunFolder, shards: Path, count: int, here: Machine) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.5,
+        shutdown_timeout=STOP_WITHIN_S,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "pipeline.rank", str(run.path), str(shards))
+        elastic_launch(config, sys.executable)(*rank_command(run, shards, tracker))
     except ChildFailedError as error:
-        failure = take_failure(run)
-        if failure is None:
-            rank, first = error.get_first_failure()
-            raise PipelineError(
-                f"rank {rank} ended with exit code {first.exitcode}",
-                hint=f"its last lines are above and in {run.events}; run the same command again to resume",
-            ) from error
-        raise PipelineError(failure.message, hint=failure.hint) from error
+        raise _failure_of(run, *error.get_first_failure()) from error
+    except SignalException as asked:
+        sys.exit(128 + asked.sigval)
+    finally:
+        for left in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+
+
+def rank_command(run: RunFolder, shards: Path, tracker: str) -> tuple[str, ...]:
+    """What every rank runs, after the interpreter's name."""
+    return "-m", "pipeline.rank", str(run.path.resolve()), str(shards), tracker
+
+
+def rank_environment(here: Machine, ranks: int) -> dict[str, str]:
+    """What each of the `ranks` on this machine must find in its environment."""
+    threads = {"OMP_NUM_THREADS": str(max(1, here.cores // ranks))}
+    return threads if here.gpus else {**threads, "DS_ACCELERATOR": "cpu"}
+
+
+def _failure_of(run: RunFolder, rank: int, first: Any) -> PipelineError:
+    failure = take_failure(run)
+    if failure is not None:
+        return PipelineError(failure.message, hint=failure.hint)
+    return PipelineError(
+        f"rank {rank} ended with exit code {first.exitcode}",
+        hint=f"its last lines are above and in {run.events}; run the same command again to resume",
+    )

@@ -1,9 +1,11 @@
-"""What each launched process runs: `python -m pipeline.rank RUN SHARDS`. Rank 0 speaks for all."""
+"""What each launched process runs: `python -m pipeline.rank RUN SHARDS TRACKER`. Rank 0 speaks for all."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from contextlib import nullcontext
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from pipeline.run import RunFolder
 from pipeline.sinks import listening
+from pipeline.trackers import sinks
 from shards.errors import ShardError
 from stages.errors import StageError
 from stages.events import Emit, silent
@@ -55,10 +58,17 @@ def _is_speaker() -> bool:
     return os.environ["RANK"] == "0"
 
 
+def _stop_with_the_launcher() -> None:
+    """A launcher that is killed leaves no ranks behind: the kernel asks them to stop, and they save."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def main() -> None:
-    run, shards = RunFolder(Path(sys.argv[1])), Path(sys.argv[2])
+    run, shards, tracker = RunFolder(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
+    _stop_with_the_launcher()
     try:
-        with listening(run.events) if _is_speaker() else nullcontext(silent) as emit:
+        with listening(run.events, others=sinks(tracker, run.path)) if _is_speaker() else nullcontext(silent) as emit:
             _train(run, shards, emit)
     except (StageError, ShardError) as error:
         # Every rank sees the same inputs; the first to fail names the cause, whoever it is.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from pipeline import figures
 from pipeline.event_log import EventLog
@@ -75,12 +75,22 @@ class PlainLines:
         self._stream.flush()
 
 
+class Sink(Protocol):
+    """Who listens to a stage."""
+
+    def __call__(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @contextmanager
-def listening(events: Path | None = None, stream: TextIO | None = None) -> Iterator[Emit]:
-    """An `emit` for the time of one stage: to events.jsonl if given, and to the terminal or as plain lines."""
+def listening(
+    events: Path | None = None, stream: TextIO | None = None, *, others: Sequence[Sink] = ()
+) -> Iterator[Emit]:
+    """An `emit` for the time of one stage: to events.jsonl if given, to others, and as live bars or plain lines."""
     stream = stream or sys.stdout
     with ExitStack() as stack:
-        sinks: list[EventLog | PlainLines | LiveBars] = [LiveBars(stream) if stream.isatty() else PlainLines(stream)]
+        sinks: list[Sink] = [LiveBars(stream) if stream.isatty() else PlainLines(stream), *others]
         if events is not None:
             sinks.append(EventLog(events))
         for sink in sinks:

@@ -109,17 +109,36 @@ def _published_positions(shards: Path) -> int:
     return total
 
 
-def distill(recipe: Recipe, run: RunFolder, *, shards: Path | None, gpus: int | None) -> Mapping[str, Any]:
-    """Stage two: train the student on `gpus` ranks; resumes where an earlier start of this run stopped."""
-    here = launch.machine()
+def distill(
+    recipe: Recipe,
+    run: RunFolder,
+    *,
+    shards: Path | None,
+    gpus: int | None,
+    hosts: Path | None = None,
+    tracker: str = "tensorboard",
+) -> Mapping[str, Any]:
+    """Stage two: train the student on `gpus` ranks here, or on the machines of a hostfile; resumes where it stopped."""
+    from pipeline import trackers
+    from pipeline.hosts import check_hosts, read_hosts, run_on_hosts
+
+    trackers.require_tracker(tracker)
+    if hosts and gpus is not None:
+        raise UsageError("GPUS and HOSTS cannot both be given", hint="the slots of the hostfile are the ranks")
+    here, machines = launch.machine(), read_hosts(hosts, recipe.distill.global_batch) if hosts else []
     count = launch.default_ranks(here) if gpus is None else gpus
-    launch.check_ranks(count, here, recipe.distill.global_batch)
+    if not machines:
+        launch.check_ranks(count, here, recipe.distill.global_batch)
     shards = (shards or run.shards).resolve()
     if not shards.is_dir():
         raise PipelineError(f"no shards in {shards}", hint="run make teacher-cache first, or name a set with SHARDS=…")
     with run.lock("distill"):
         run.adopt(recipe)
-        launch.run_ranks(run, shards, count, here)
+        if machines:
+            check_hosts(machines, run)
+            run_on_hosts(run, shards, machines, here, tracker=tracker)
+        else:
+            launch.run_ranks(run, shards, count, here, tracker=tracker)
         write_card(run)
     return dict(run.summary()["distill"])
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from pipeline import figures
 from stages.events import Event, Metric, Note, Progress
 
-_SHOWN_METRICS = ("loss", "kl", "ce", "top1", "tokens_per_s")
+_SHOWN_METRICS = ("loss", "kl", "ce", "attention", "top1", "tokens_per_s", "data_wait", "memory_gib")
 
 
 def newest_metrics(event: Metric) -> str:

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C ask a run to stop after the step it is in; a second one stops it there and then."""
+"""SIGTERM and Ctrl-C ask a run to stop after the step it is in; a second Ctrl-C stops it there and then.
+
+A second SIGTERM asks for what was asked already: the kernel sends one for every thread of a launcher that dies.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ class StopRequest:
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self._asked = True
-        self._restore()
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, self._before.pop(signal.SIGINT))
 
     def _restore(self) -> None:
         while self._before:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import resource
 from pathlib import Path
 
 import psutil
@@ -25,12 +25,8 @@ def free_device_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
 
 
-def resident_bytes() -> int:
-    """RSS of this process."""
-    resident: int = psutil.Process(os.getpid()).memory_info().rss
-    return resident
-
-
-def device_peak_bytes(device: torch.device) -> int:
-    """The most that tensors have taken on a GPU; 0 without one."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has taken so far: tensors on a GPU; without one, memory of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stages.distill.batches import Batch, Prefetcher
 from stages.distill.engine import Engine
+from stages.distill.memory import peak_bytes
 from stages.distill.objective import SUMS, Emphasis
 from stages.distill.order import Indices
 from stages.distill.temperature import Difficulty
@@ -46,6 +47,8 @@ class StepReport:
     """Before clipping."""
     data_wait: float
     """Seconds that a rank stood waiting for records, mean over ranks."""
+    memory: float
+    """The most bytes that any rank has taken so far: of its GPU; without one, of the machine."""
     seconds: float
     stop: bool
     """Some rank was asked to stop."""
@@ -78,8 +81,11 @@ def take_step(
         sums[turn, world.rank] = terms.sums.to(sums.device)
         score_counts = score_counts + terms.score_counts.to(sums.device)
     asides = torch.tensor([batches.waited - waited, float(stop())], dtype=torch.float64)
-    together = world.total(torch.cat([sums.flatten(), score_counts, asides]))
-    sums_flat, score_counts, asides = together.split([sums.numel(), score_counts.numel(), asides.numel()])
+    memory = torch.zeros(world.size, dtype=torch.float64)
+    memory[world.rank] = peak_bytes(world.device)
+    parts = [sums.flatten(), score_counts, asides, memory]
+    together = world.total(torch.cat(parts))
+    sums_flat, score_counts, asides, memory = together.split([part.numel() for part in parts])
     sums = sums_flat.view_as(sums)
     _require_finite(sums, plan, sample_ids)
     grad_norm = engine.step()
@@ -92,6 +98,7 @@ def take_step(
         positions=plan.positions,
         grad_norm=grad_norm,
         data_wait=float(asides[0]) / world.size,
+        memory=float(memory.max()),
         seconds=time.perf_counter() - start,
         stop=bool(asides[1] > 0),
     )

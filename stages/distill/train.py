@@ -212,6 +212,7 @@ class _Loop:
             "grad_norm": outcome.grad_norm,
             "tokens_per_s": outcome.positions / outcome.seconds,
             "data_wait": outcome.data_wait / outcome.seconds,
+            "memory_gib": outcome.memory / 2**30,
         }
         self._emit(Metric(stage=STAGE, step=self._done.step, values=values))
         self._emit(Progress(stage=STAGE, done=self._done.step, total=self._total, unit="steps"))

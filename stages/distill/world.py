@@ -1,7 +1,7 @@
 """The ranks of a run: who am I, how many are we, and the few things we must agree on.
 
-The launcher's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) say it; without them a run is one
-process that opens no port.
+The launcher's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; LOCAL_WORLD_SIZE of torch's launcher,
+LOCAL_SIZE of DeepSpeed's) say it; without them a run is one process that opens no port.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def joined_world() -> Iterator[World]:
         _join("nccl" if device.type == "cuda" else "gloo")
     try:
         size = dist.get_world_size()
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
         world = World(rank=dist.get_rank(), size=size, local_size=local_size, device=device)
         world.barrier()  # a rank that finds nothing to do, or an error, must not be gone while another still joins
         yield world

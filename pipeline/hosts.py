@@ -1,0 +1,167 @@
+"""Training over several machines: DeepSpeed's launcher over the hosts of a hostfile.
+
+A hostfile names a machine a line, with the ranks it takes: `worker-1 slots=4`. Every machine must be reachable by ssh
+without a password and see this project and the run at the same paths; pdsh must be installed here. All of that is
+checked before anything starts. DeepSpeed is asked by its command, so nothing of it is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import PipelineError, UsageError
+from pipeline.launch import Machine, rank_command, rank_environment
+from pipeline.rank import take_failure
+from pipeline.run import RunFolder
+
+_LINE = re.compile(r"(?P<name>[\w.-]+)\s+slots=(?P<slots>[1-9]\d*)")
+_ANSWER_S = 10
+_NOT_REACHED = 255
+"""ssh's own exit code; any other is of the command that it ran."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    name: str
+    slots: int
+    """Ranks it takes: its GPUs."""
+
+
+def read_hosts(file: Path, global_batch: int) -> list[Host]:
+    """The machines of a hostfile.
+
+    Raises UsageError naming the line that is wrong, or where the slots in all do not divide the global batch.
+    """
+    if not file.is_file():
+        raise UsageError(f"no hostfile {file}", hint="write one line a machine: worker-1 slots=4")
+    hosts: list[Host] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = _LINE.fullmatch(text)
+        if found is None or found["name"] in {host.name for host in hosts}:
+            raise UsageError(f"{file}, line {number}: {line.strip()!r}", hint="one line a machine: worker-1 slots=4")
+        hosts.append(Host(name=found["name"], slots=int(found["slots"])))
+    if not hosts:
+        raise UsageError(f"{file} names no machine", hint="write one line a machine: worker-1 slots=4")
+    ranks = sum(host.slots for host in hosts)
+    if global_batch % ranks:
+        possible = ", ".join(str(count) for count in range(1, global_batch + 1) if global_batch % count == 0)
+        raise UsageError(
+            f"{file} has {ranks} slots, which do not divide the global batch of {global_batch} records",
+            hint=f"the slots of all machines together can be {possible}",
+        )
+    return hosts
+
+
+def check_hosts(hosts: list[Host], run: RunFolder) -> None:
+    """Ask every machine whether it answers, and sees this interpreter and this run.
+
+    Raises PipelineError naming every machine that does not, before anything is started.
+    """
+    if shutil.which("pdsh") is None:
+        raise PipelineError(
+            "pdsh, by which DeepSpeed starts ranks on other machines, is not installed here",
+            hint="apt-get install pdsh, or train on this machine with GPUS=n",
+        )
+    seen = f"test -x {shlex.quote(sys.executable)} -a -f {shlex.quote(str(run.recipe_file.resolve()))}"
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        answers = dict(
+            zip([host.name for host in hosts], pool.map(lambda host: _ask(host.name, seen), hosts), strict=True)
+        )
+    if silent := [f"{name} ({said})" for name, (code, said) in answers.items() if code == _NOT_REACHED]:
+        raise PipelineError(
+            f"no answer by ssh from {', '.join(silent)}",
+            hint="ssh to it must work without a password; or take it out of the hostfile",
+        )
+    if blind := [name for name, (code, _) in answers.items() if code]:
+        raise PipelineError(
+            f"{', '.join(blind)} does not see {run.path.resolve()} or {sys.executable}",
+            hint="keep the project and its runs on storage that all machines share, at the same path",
+        )
+
+
+def _ask(host: str, command: str) -> tuple[int, str]:
+    words = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_ANSWER_S}", host, command]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=3 * _ANSWER_S, check=False)
+    except subprocess.TimeoutExpired:
+        return _NOT_REACHED, "no answer in time"
+    except OSError as error:
+        return _NOT_REACHED, str(error)
+    return done.returncode, (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+
+
+def run_on_hosts(run: RunFolder, shards: Path, hosts: list[Host], here: Machine, *, tracker: str) -> None:
+    """Train with one rank a slot. Signals are passed on as `run_ranks` does.
+
+    Raises PipelineError with the message and hint of the rank that failed first.
+    """
+    take_failure(run)
+    with tempfile.TemporaryDirectory() as folder:
+        hostfile, variables = Path(folder) / "hosts", Path(folder) / "environment"
+        hostfile.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts), encoding="utf-8")
+        carried = {**rank_environment(here, max(host.slots for host in hosts)), **_debug()}
+        variables.write_text("".join(f"{name}={value}\n" for name, value in carried.items()), encoding="utf-8")
+        flags = ["--hostfile", str(hostfile), "--force_multi", "--launcher_args=-N", "--master_port", str(_free_port())]
+        words = [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--quiet", "--no_local_rank", "--module"]
+        launcher = subprocess.Popen(
+            [*words, *rank_command(run, shards, tracker)[1:]],
+            env={**os.environ, **carried, "DS_ENV_FILE": str(variables)},
+            start_new_session=True,
+        )
+        with _passing_signals_to(launcher) as asked:
+            code = launcher.wait()
+    if asked:
+        sys.exit(128 + asked[0])
+    if code:
+        failure = take_failure(run)
+        if failure is not None:
+            raise PipelineError(failure.message, hint=failure.hint)
+        raise PipelineError(
+            f"DeepSpeed's launcher ended with exit code {code}",
+            hint=f"its last lines are above and in {run.events}; run the same command again to resume",
+        )
+
+
+def _debug() -> dict[str, str]:
+    name = "MINICODFORMER_DEBUG"
+    return {name: os.environ[name]} if name in os.environ else {}
+
+
+def _free_port() -> int:
+    """Free here, which is as much as can be known of the first host."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _passing_signals_to(launcher: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C ask the launcher to end, which asks every rank; yields what was asked."""
+    asked: list[int] = []
+
+    def ask(number: int, _frame: object) -> None:
+        asked.append(number)
+        launcher.terminate()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
