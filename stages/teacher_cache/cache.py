@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -19,12 +19,15 @@ from stages.corpus.store import Corpus
 from stages.events import Emit
 from stages.teacher_cache.engines.protocol import CaptureSpec, EngineFactory
 from stages.teacher_cache.engines.vllm.adapter import VllmEngine
+from stages.teacher_cache.engines.vllm.prompt_logprobs import PromptLogprobsEngine
 from stages.teacher_cache.job import Job
 from stages.teacher_cache.plan import plan_units
 from stages.teacher_cache.preflight import require_fits
 from stages.teacher_cache.replica import EngineFacts, EngineOrder, Spread, in_process
 from stages.teacher_cache.settings import CacheSettings, TeacherSettings
 from stages.teacher_cache.teacher import TeacherFacts, publish_teacher, read_facts, weights_fingerprint
+
+ENGINES: Mapping[str, EngineFactory] = {"capture": VllmEngine, "prompt_logprobs": PromptLogprobsEngine}
 
 
 def fill_cache(
@@ -35,7 +38,7 @@ def fill_cache(
     teacher_folder: Path,
     folder: Path,
     emit: Emit,
-    engine: EngineFactory = VllmEngine,
+    engine: EngineFactory | None = None,
     spread: Spread = in_process,
 ) -> Manifest:
     """Bring the shard set in `folder` to completion and return its manifest.
@@ -49,7 +52,9 @@ def fill_cache(
         selection=cache.chosen(), curve=cache.curve, attention=cache.attention(facts.layers), seed=cache.draw_seed
     )
     with ExitStack() as stack:
-        order = EngineOrder(factory=engine, folder=teacher_folder, teacher=teacher, spec=spec)
+        order = EngineOrder(
+            factory=engine or ENGINES[teacher.engine], folder=teacher_folder, teacher=teacher, spec=spec
+        )
         replicas = [stack.enter_context(closing(replica)) for replica in spread(order)]
         contract = _contract(corpus, teacher, teacher_folder, facts, spec, replicas[0].facts())
         begin(folder, contract)

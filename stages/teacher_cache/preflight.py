@@ -18,7 +18,7 @@ from safetensors import safe_open
 from stages.corpus.fingerprint import tokenizer_fingerprint
 from stages.corpus.store import Corpus
 from stages.errors import StageError
-from stages.teacher_cache.engines.vllm.adapter import resolve_dtype
+from stages.teacher_cache.engines.vllm.process import resolve_dtype
 from stages.teacher_cache.plan import plan_units
 from stages.teacher_cache.settings import CacheSettings, TeacherSettings
 from stages.teacher_cache.teacher import read_facts, weight_files

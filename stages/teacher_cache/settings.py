@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from shards.contract import DRAWN, AttentionSpec, Selection
 
+ENGINES = ("capture", "prompt_logprobs")
 FREE_TEACHER_SETTINGS = ("tensor_parallel", "max_batched_tokens", "gpu_memory_utilization")
 """What may differ between two starts of one run: how the teacher is placed, not what it says."""
 
@@ -15,6 +16,8 @@ class TeacherSettings:
     model: str = ""
     """A local folder, a hub name, or "demo:NAME" for a teacher that the demo knows how to fetch."""
     revision: str | None = None
+    engine: str = "capture"
+    """"capture": vLLM with our plugin; "prompt_logprobs": what vLLM itself says, for models without a plugin."""
     dtype: str = "auto"
     """Precision of the teacher's body: "bfloat16", "float16", "float32", or "auto": bfloat16 where the device has
     matrix units for it (float16 on GPUs older than that), else float32, which is then the faster one."""
@@ -27,7 +30,7 @@ class TeacherSettings:
 
     def __post_init__(self) -> None:
         head = ("bfloat16", "float16", "float32")
-        for name, known in {"dtype": ("auto", *head), "head_dtype": head}.items():
+        for name, known in {"engine": ENGINES, "dtype": ("auto", *head), "head_dtype": head}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"teacher.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,8 +28,10 @@ from stages.errors import StageError
 from stages.teacher_cache.draws import position_keys
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.transformers import TransformersEngine
-from stages.teacher_cache.engines.vllm.adapter import VllmEngine, resolve_dtype
+from stages.teacher_cache.engines.vllm.adapter import VllmEngine
 from stages.teacher_cache.engines.vllm.plugin import register
+from stages.teacher_cache.engines.vllm.process import resolve_dtype
+from stages.teacher_cache.engines.vllm.prompt_logprobs import PromptLogprobsEngine
 from stages.teacher_cache.settings import TeacherSettings
 from stages.teacher_cache.signals import AttentionSignal, TeacherSignal
 
@@ -298,6 +301,38 @@ def test_the_engine_states_what_it_is_before_it_starts(tmp_path: Path, spec: Cap
     assert engine.identity.split()[1].startswith("0.")
     assert engine.dtype == "float16+float32"
     engine.close()
+
+
+def test_the_engine_without_a_plugin_says_the_same_as_far_as_it_can(
+    smollm2: Path, samples: list[Sample], signals: list[TeacherSignal]
+) -> None:
+    """Beside the oracle; the session's engine runs in this process at the same time, which vLLM allows."""
+    settings = TeacherSettings(dtype="float32", max_model_len=256, max_batched_tokens=64)
+    spec = CaptureSpec(selection=Selection(kind="adaptive", k=20, mass=0.8))
+    with closing(PromptLogprobsEngine(smollm2, settings, spec)) as engine:
+        assert engine.identity.endswith("prompt_logprobs")
+        ours = list(engine.capture(samples))
+    for mine, other in zip(ours, TransformersEngine(smollm2, spec).capture(samples), strict=True):
+        same = same_ids(mine, other)
+        assert same.double().mean().item() >= 0.95
+        assert torch.allclose(mine.logprobs_NK[same], other.logprobs_NK[same], atol=2e-4)
+        assert (mine.log_tail_N - other.log_tail_N)[same].abs().max().item() < 1e-2
+        assert (mine.entropy_N <= other.entropy_N + 1e-3).all(), "a lower bound"
+        assert (mine.entropy_N > 0.6 * other.entropy_N).all()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CaptureSpec(selection=Selection(kind="hybrid", k=4, draws=4)),
+        CaptureSpec(selection=Selection(kind="topk", k=4), curve=(0.5,)),
+        CaptureSpec(selection=Selection(kind="topk", k=4), attention=AttentionSpec(layers=(0,), top_m=2)),
+    ],
+)
+def test_what_vllm_does_not_say_is_refused_by_the_engine_without_a_plugin(tmp_path: Path, spec: CaptureSpec) -> None:
+    with pytest.raises(StageError, match="nothing else") as refused:
+        PromptLogprobsEngine(tmp_path, TeacherSettings(), spec)
+    assert "cache.selection" in refused.value.hint
 
 
 TP_SPEC = CaptureSpec(

@@ -1,174 +1,63 @@
-"""vLLM as a teacher engine. vLLM is imported when the first capture starts it, after its environment is set."""
+"""The teacher through vLLM, captured by a plugin in its workers: the engine of stage one."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import logging
-import os
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stages.corpus.sample import Sample
-from stages.errors import StageError
 from stages.teacher_cache.draws import draw_key
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.vllm.plugin import capturing
+from stages.teacher_cache.engines.vllm.process import InProcessVllm
 from stages.teacher_cache.engines.vllm.wire import DRAW_KEY, PROMPT_LENGTH, SPEC, TASK, RowLayout
 from stages.teacher_cache.settings import TeacherSettings
 from stages.teacher_cache.signals import TeacherSignal
 from stages.teacher_cache.teacher import read_facts
 
 
-class VllmEngine:
-    """Captures through an in-process vLLM; tensor-parallel ranks, if any, are processes of their own."""
+class VllmEngine(InProcessVllm):
+    """A TeacherEngine: vLLM runs the teacher as a pooling model, whose pooler captures."""
 
     def __init__(self, folder: Path, teacher: TeacherSettings, spec: CaptureSpec) -> None:
-        self._folder, self._teacher, self._spec = folder, teacher, spec
-        self._body_dtype = resolve_dtype(teacher.dtype)
-        self._llm: Any = None
-        self._captures = 0
-
-    @property
-    def identity(self) -> str:
-        return f"vllm {_installed_version()}"
+        super().__init__(folder, teacher)
+        self._spec = spec
 
     @property
     def dtype(self) -> str:
         return f"{self._body_dtype}+{self._teacher.head_dtype}"
 
-    def start(self) -> None:
-        if self._llm is None:
-            with _without_start_noise():
-                self._llm = self._load()
-
     def capture(self, samples: Sequence[Sample]) -> Iterator[TeacherSignal]:
-        """See TeacherEngine. All samples are handed over at once, so that vLLM fills every step's token budget."""
-        for sample in samples:
-            self._require_fits(sample)
+        """See TeacherEngine. The last response token is not fed: its row would predict what comes after it."""
+        self._require_fits(samples)
         self.start()
-        layout = RowLayout(self._spec)
-        names = [self._submit(sample) for sample in samples]
-        done: dict[str, torch.Tensor] = {}
-        try:
-            for name, sample in zip(names, samples, strict=True):
-                while name not in done:
-                    done |= {output.request_id: output.outputs.data for output in self._llm.step()}
-                yield layout.unpack(done.pop(name), len(sample.response_ids))
-        finally:
-            self._llm.abort_request([name for name in names if name not in done])
-
-    def close(self) -> None:
-        if self._llm is not None:
-            self._llm.engine_core.shutdown()
-            self._llm = None
-
-    def _require_fits(self, sample: Sample) -> None:
-        length = len(sample.prompt_ids) + len(sample.response_ids) - 1
-        if length > self._teacher.max_model_len:
-            raise StageError(
-                f"sample {sample.sample_id} has {length} tokens, the teacher takes {self._teacher.max_model_len}",
-                hint="raise teacher.max_model_len, or lower corpus.max_prompt_tokens or corpus.max_response_tokens",
-            )
-
-    def _submit(self, sample: Sample) -> str:
-        """The last response token is not fed: its row would predict what comes after the response."""
         from vllm import PoolingParams
 
-        self._captures += 1
-        name = str(self._captures)
-        tokens = [*sample.prompt_ids.tolist(), *sample.response_ids[:-1].tolist()]
-        said = {PROMPT_LENGTH: len(sample.prompt_ids), DRAW_KEY: draw_key(self._spec.seed, sample.sample_id)}
-        params = PoolingParams(task=TASK, extra_kwargs=said)
-        self._llm.add_request(name, {"prompt_token_ids": tokens}, params)
-        return name
+        layout = RowLayout(self._spec)
+        prompts = [[*sample.prompt_ids.tolist(), *sample.response_ids[:-1].tolist()] for sample in samples]
+        params = [
+            PoolingParams(
+                task=TASK,
+                extra_kwargs={
+                    PROMPT_LENGTH: len(sample.prompt_ids),
+                    DRAW_KEY: draw_key(self._spec.seed, sample.sample_id),
+                },
+            )
+            for sample in samples
+        ]
+        for sample, output in zip(samples, self._answers(prompts, params), strict=True):
+            yield layout.unpack(output.outputs.data, len(sample.response_ids))
 
-    def _load(self) -> Any:
+    def _options(self) -> dict[str, Any]:
         architecture = capturing(read_facts(self._folder).architecture)
-        _set_environment(self._teacher.tensor_parallel)
-        from vllm import EngineArgs, LLMEngine
-        from vllm.config import PoolerConfig
-
-        arguments = EngineArgs(
-            model=str(self._folder),
-            runner="pooling",
-            pooler_config=PoolerConfig(task=TASK),
-            hf_overrides={"architectures": [architecture], "head_dtype": self._teacher.head_dtype},
-            additional_config={SPEC: self._spec.to_json()},
-            dtype=self._body_dtype,
-            max_model_len=self._teacher.max_model_len,
-            max_num_batched_tokens=self._teacher.max_batched_tokens,
-            tensor_parallel_size=self._teacher.tensor_parallel,
-            # Within a Ray actor vLLM might take Ray for its own ranks too; they are all on one host.
-            distributed_executor_backend="mp" if self._teacher.tensor_parallel > 1 else None,
-            gpu_memory_utilization=self._teacher.gpu_memory_utilization,
-            enable_chunked_prefill=True,
+        return {
+            "runner": "pooling",
+            "pooler_config": {"task": TASK},
+            "hf_overrides": {"architectures": [architecture], "head_dtype": self._teacher.head_dtype},
+            "additional_config": {SPEC: self._spec.to_json()},
+            "skip_tokenizer_init": True,
             # A row read from the prefix cache would never pass through the hooks; a compiled graph would skip them.
-            enable_prefix_caching=False,
-            enforce_eager=True,
-            load_format="safetensors",
-            use_tqdm_on_load=False,
-            skip_tokenizer_init=True,
-            disable_log_stats=True,
-            seed=0,
-        )
-        try:
-            return LLMEngine.from_engine_args(arguments)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise StageError(
-                f"vLLM did not start: {error}",
-                hint="VLLM_LOGGING_LEVEL=INFO shows what it was doing",
-            ) from error
-
-
-def resolve_dtype(asked: str) -> str:
-    """What "auto" means on this machine; anything else stays what it is.
-
-    Without matrix tiles oneDNN's bfloat16 product is slower than its fp32 one: 72 against 120 GFLOP/s on one core.
-    """
-    if asked != "auto":
-        return asked
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    return "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
-
-
-def _set_environment(tensor_parallel: int) -> None:
-    """What vLLM reads when it is imported. Anything that the user has set stays."""
-    cpus = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cpus) // tensor_parallel)
-    binding = "|".join(",".join(map(str, cpus[i * share : (i + 1) * share])) for i in range(tensor_parallel))
-    defaults = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    if tensor_parallel > 1:
-        defaults["VLLM_CPU_OMP_THREADS_BIND"] = binding
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-@contextmanager
-def _without_start_noise() -> Iterator[None]:
-    """Keep back what vLLM says about itself when it starts: a missing Triton and its own deprecations."""
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def _installed_version() -> str:
-    """vLLM's version without importing it; the package's name depends on the device that it was built for."""
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(package).split("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise StageError("vLLM is not installed", hint="install the extra [cpu] or [cuda] of this project")
+            "enable_prefix_caching": False,
+            "enforce_eager": True,
+        }

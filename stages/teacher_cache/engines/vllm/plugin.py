@@ -28,5 +28,5 @@ def capturing(architecture: str) -> str:
     except KeyError:
         raise StageError(
             f"no capture for teachers of architecture {architecture}",
-            hint=f"known are {', '.join(CAPTURED)}; another needs its row in CAPTURED and its class in models.py",
+            hint=f"known are {', '.join(CAPTURED)}; teacher.engine = 'prompt_logprobs' gives any other's top-k",
         ) from None
