@@ -1,18 +1,18 @@
-# The verbs of cli.py for people. Variables: RECIPE, NAME, DATA, GPUS, TP, SHARDS, HOSTS, TRACK, SET, OUT, TARGET.
+# The verbs of cli.py for people. Variables: RECIPE, NAME, DATA, GPUS, TP, RESPOND, SHARDS, HOSTS, TRACK, SET, OUT, TARGET.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 CLI := $(PYTHON) cli.py
 
 RECIPE_FLAGS = $(if $(RECIPE),--recipe $(RECIPE)) $(if $(NAME),--name $(NAME)) $(if $(DATA),--data $(DATA)) $(foreach pair,$(SET),--set $(pair))
-REPLICA_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--tp $(TP))
+REPLICA_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--tp $(TP)) $(if $(RESPOND),--respond $(RESPOND))
 RANK_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(SHARDS),--shards $(SHARDS)) $(if $(HOSTS),--hosts $(HOSTS)) $(if $(TRACK),--track $(TRACK))
 SCREEN = $(or $(NAME),minicodformer_train)
 
 .PHONY: help
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: RECIPE=smollm2-demo|qwen3-8b|file.toml  NAME=run  DATA=rows.jsonl  GPUS=n  TP=n  SHARDS=folder  HOSTS=hostfile  TRACK=wandb  SET='a.b=c d.e=f'  OUT=folder"
+	@echo "Variables: RECIPE=smollm2-demo|qwen3-8b|file.toml  NAME=run  DATA=rows.jsonl  GPUS=n  TP=n  RESPOND=teacher|student=path  SHARDS=folder  HOSTS=hostfile  TRACK=wandb  SET='a.b=c d.e=f'  OUT=folder"
 
 .PHONY: setup
 setup: ## everything this machine needs, into .venv (once; CPU or CUDA by what the machine has)

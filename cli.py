@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -115,6 +116,14 @@ def teacher_cache(
     overrides: SetOption = None,
     gpus: DevicesOption = None,
     tp: TensorParallelOption = None,
+    respond: Annotated[
+        str | None,
+        typer.Option(
+            "--respond",
+            metavar="teacher|student=PATH",
+            help="Have responses written first; the same as respond.by.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it needs; run nothing.")] = False,
 ) -> None:
     """Stage one: the teacher, once, into shards.
@@ -126,7 +135,8 @@ def teacher_cache(
     from pipeline.summary import cache_lines
 
     split = [] if tp is None else [f"teacher.tensor_parallel={tp}"]
-    chosen, run = _choose(recipe, name, data, [*(overrides or []), *split])
+    author = [] if respond is None else [f"respond.by={json.dumps(respond, ensure_ascii=False)}"]
+    chosen, run = _choose(recipe, name, data, [*(overrides or []), *split, *author])
     if dry_run:
         _print_checks(steps.plan_cache(chosen, run, gpus=gpus))
         return

@@ -23,7 +23,7 @@ from stages.corpus.settings import CorpusSettings
 from stages.distill.settings import DistillSettings, ObjectiveSettings
 from stages.inference.settings import GenerationSettings
 from stages.student.shape import StudentShape
-from stages.teacher_cache.settings import CacheSettings, TeacherSettings
+from stages.teacher_cache.settings import CacheSettings, RespondSettings, TeacherSettings
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -35,6 +35,7 @@ class Recipe:
     name: str
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    respond: RespondSettings = field(default_factory=RespondSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     student: StudentShape = field(default_factory=StudentShape)
     distill: DistillSettings = field(default_factory=DistillSettings)

@@ -1,6 +1,6 @@
 """The run directory: one folder that holds everything a run made, and the lock that lets one process write to it.
 
-    runs/<name>/{recipe.toml, events.jsonl, summary.json, shards/, checkpoints/, final_model/}
+    runs/<name>/{recipe.toml, events.jsonl, summary.json, responses/, shards/, checkpoints/, final_model/}
 
 `recipe.toml` is the resolved recipe. A section of it may change until a stage that depends on it has begun; from then
 on another value is refused, naming the key, because what stands in the folder was made with the old one.
@@ -22,7 +22,7 @@ from pipeline.turn import take_turn
 from stages.distill.settings import FREE_SETTINGS
 from stages.teacher_cache.settings import FREE_TEACHER_SETTINGS
 
-CACHE_SECTIONS = ("corpus", "teacher", "cache")
+CACHE_SECTIONS = ("corpus", "teacher", "respond", "cache")
 STUDENT_SECTIONS = ("student", "distill", "objective")
 # What may differ between two starts of one run without changing what it makes.
 _FREE_KEYS = frozenset(
@@ -43,6 +43,10 @@ class RunFolder:
     @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def responses(self) -> Path:
+        return self.path / "responses"
 
     @property
     def shards(self) -> Path:

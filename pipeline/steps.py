@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from stages.events import Note, silent
 if TYPE_CHECKING:
     from shards.reader import ShardSet
     from stages.corpus.prepare import PrepareReport
+    from stages.corpus.store import Corpus
     from stages.inference.generate import Generation, Student
     from stages.inference.settings import GenerationSettings
     from stages.teacher_cache.preflight import Check
@@ -48,13 +51,12 @@ def prepare(recipe: Recipe, run: RunFolder) -> PrepareReport:
 def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Mapping[str, Any]:
     """Stage one: run the teacher over data/processed into the run's shards; what is there already is kept."""
     from pipeline.replicas import replicas
-    from stages.corpus.store import read_corpus
     from stages.teacher_cache.cache import fill_cache
     from stages.teacher_cache.teacher import tensor_parallel_sizes
 
     with run.lock("teacher-cache"), listening(run.events) as emit:
         recipe = run.adopt(recipe)
-        corpus = read_corpus(PROCESSED)
+        corpus = _corpus_to_cache(recipe, run)
         teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)
         before, start = _published_positions(run.shards), time.monotonic()
         sizes = tensor_parallel_sizes(teacher, _MOST_DEVICES)
@@ -73,6 +75,20 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Mappin
             seconds = round(time.monotonic() - start, 1)
             run.report("teacher_cache", {**manifest.totals(), "captured": captured, "seconds": seconds})
         return dict(run.summary()["teacher_cache"])
+
+
+def _corpus_to_cache(recipe: Recipe, run: RunFolder) -> Corpus:
+    """data/processed, or what is made of it where responses are to be written first."""
+    from stages.corpus.store import read_corpus
+
+    if not recipe.respond.by:
+        return read_corpus(PROCESSED)
+    words = [sys.executable, "-m", "pipeline.responses", str(run.path), str(PROCESSED)]
+    if subprocess.run(words, check=False).returncode:
+        raise PipelineError(
+            "the responses could not be written", hint="the error is above; run the same command again to go on"
+        )
+    return read_corpus(run.responses)
 
 
 def plan_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Iterator[Check]:

@@ -8,7 +8,6 @@ same source, settings and tokenizer does nothing; killed at any point, it leaves
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from stages.corpus.store import (
     VERSION,
     Samples,
     Written,
+    corpus_fingerprint,
     find_damage,
     read_commit,
     samples_file,
@@ -167,7 +167,9 @@ def _make(
         staging,
         {
             "version": VERSION,
-            "fingerprint": _fingerprint(written, tokenizer),
+            "fingerprint": corpus_fingerprint(
+                written, tokenizer.fingerprint, tokenizer.start_token_id, tokenizer.end_token_id
+            ),
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "start_token_id": tokenizer.start_token_id,
             "end_token_id": tokenizer.end_token_id,
@@ -235,12 +237,6 @@ def _write_splits(
         path.parent.mkdir()
         written[name] = write_samples(path, (samples[index] for index in indices.tolist()))
     return written
-
-
-def _fingerprint(written: Mapping[str, Written], tokenizer: ChatTokenizer) -> str:
-    parts = [written[split].digest for split in SPLITS]
-    parts += [tokenizer.fingerprint, str(tokenizer.start_token_id), str(tokenizer.end_token_id)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _require_both(report: PrepareReport, source: Path) -> None:

@@ -53,6 +53,15 @@ class Written:
     digest: str
 
 
+def corpus_fingerprint(
+    written: Mapping[str, Written], tokenizer_fingerprint: str, start_token_id: int, end_token_id: int
+) -> str:
+    """sha256 over every sample of both splits in order, and what gives their ids a meaning."""
+    parts = [written[split].digest for split in SPLITS]
+    parts += [tokenizer_fingerprint, str(start_token_id), str(end_token_id)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 class Samples(Sequence[Sample]):
     """The samples of one file, memory-mapped: a sample's arrays are read-only views of the page cache."""
 

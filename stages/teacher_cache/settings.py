@@ -92,3 +92,37 @@ class CacheSettings:
         """The summaries of a teacher of so many layers: depths (1/3, 2/3, 35/36) are layers 12, 24 and 35 of 36."""
         chosen = tuple(sorted({int(depth * layers + 1e-9) for depth in self.attention_depths}))
         return AttentionSpec(layers=chosen, top_m=self.attention_top_m, rows=self.attention_rows) if chosen else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RespondSettings:
+    """Responses written anew before they are cached."""
+
+    by: str = ""
+    """"": the corpus's own responses; "teacher": the teacher writes all (sequence-level distillation);
+    "student=PATH": a student's own responses join the corpus's, and the teacher scores them (on-policy rounds)."""
+    per_prompt: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 1_024
+    """Longer responses are cut, and then end without the end token."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.by not in ("", "teacher") and not self.student:
+            raise ValueError(f"respond.by must be teacher or student=PATH, not {self.by!r}")
+        for name in ("per_prompt", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"respond.{name} must be at least 1")
+        if not (0 <= self.temperature <= 10 and 0 < self.top_p <= 1):
+            raise ValueError("respond.temperature must lie in [0, 10], respond.top_p in (0, 1]")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"respond.seed must be a whole number from 0, not {self.seed}")
+        if self.per_prompt > 1 and self.temperature == 0:
+            raise ValueError("respond.per_prompt above 1 needs a respond.temperature above 0: else all are the same")
+
+    @property
+    def student(self) -> str:
+        """The path of the student that writes; empty where none does."""
+        who, _, path = self.by.partition("=")
+        return path if who == "student" else ""

@@ -86,4 +86,13 @@ def test_a_missing_or_broken_recipe_file(tmp_path: Path) -> None:
 
 
 def test_every_section_of_a_recipe_can_be_set() -> None:
-    assert set(SECTIONS) == {"corpus", "teacher", "cache", "student", "distill", "objective", "generation"}
+    assert set(SECTIONS) == {
+        "corpus",
+        "teacher",
+        "respond",
+        "cache",
+        "student",
+        "distill",
+        "objective",
+        "generation",
+    }

@@ -1,0 +1,87 @@
+"""What writes a run's responses: `python -m pipeline.responses RUN`, a process of its own, whose memory ends with it.
+
+The run's lock is held by whoever started it; its recipe says who writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.assets import teacher_folder
+from pipeline.recipe import Recipe
+from pipeline.run import RunFolder
+from pipeline.sinks import listening
+from shards.errors import ShardError
+from stages.corpus.store import Corpus, read_corpus
+from stages.errors import StageError
+from stages.events import Emit
+from stages.inference.generate import Student
+from stages.teacher_cache.engines.vllm.generation import VllmAuthor
+from stages.teacher_cache.respond import Author, respond
+from stages.teacher_cache.settings import RespondSettings
+from stages.teacher_cache.teacher import weights_fingerprint
+
+
+class StudentAuthor:
+    """A finished student as an author."""
+
+    def __init__(self, student: Student, settings: RespondSettings, end_token_id: int) -> None:
+        self._student, self._settings, self._end = student, settings, end_token_id
+
+    def write(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
+        answers = self._student.generate_from_ids(
+            prompts,
+            max_new_tokens=self._settings.max_new_tokens,
+            temperature=self._settings.temperature,
+            top_p=self._settings.top_p,
+            seed=seed,
+        )
+        return [
+            [*answer.token_ids, self._end] if answer.finish_reason == "stop" else list(answer.token_ids)
+            for answer in answers
+        ]
+
+    def close(self) -> None:
+        pass
+
+
+def write_responses(recipe: Recipe, corpus: Corpus, teacher: Path, out: Path, emit: Emit) -> Corpus:
+    """The corpus with the responses that the recipe asks for. Raises StageError."""
+    identity, author = _author(recipe, corpus, teacher)
+    return respond(corpus=corpus, settings=recipe.respond, identity=identity, author=author, out=out, emit=emit)
+
+
+def _author(recipe: Recipe, corpus: Corpus, teacher: Path) -> tuple[str, Callable[[], Author]]:
+    settings = recipe.respond
+    if not settings.student:
+        return f"teacher {weights_fingerprint(teacher)}", lambda: VllmAuthor(
+            teacher, recipe.teacher, settings, corpus.end_token_id
+        )
+    weights = Path(settings.student) / "model.safetensors"
+    if not weights.is_file():
+        raise StageError(f"no student in {settings.student}", hint="name the final_model folder of a finished run")
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"student {digest}", lambda: StudentAuthor(
+        Student.load(Path(settings.student)), settings, corpus.end_token_id
+    )
+
+
+def main() -> None:
+    run, processed = RunFolder(Path(sys.argv[1])), Path(sys.argv[2])
+    recipe = run.recipe()
+    try:
+        with listening(run.events) as emit:
+            teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)
+            write_responses(recipe, read_corpus(processed), teacher, run.responses, emit)
+    except (StageError, ShardError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"hint: {error.hint}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
