@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from pipeline.assets import teacher_folder
 from pipeline.recipe import Recipe
 from pipeline.run import RunFolder
@@ -73,6 +75,7 @@ def _author(recipe: Recipe, corpus: Corpus, teacher: Path) -> tuple[str, Callabl
 def main() -> None:
     run, processed = RunFolder(Path(sys.argv[1])), Path(sys.argv[2])
     recipe = run.recipe()
+    disable_progress_bar()  # of transformers, for a moment's reading
     try:
         with listening(run.events) as emit:
             teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)

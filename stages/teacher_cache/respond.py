@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def respond(
             },
         )
         publish_set(staging, out, names, commit=COMMIT)
+        shutil.rmtree(job.folder)
     return read_corpus(out)
 
 

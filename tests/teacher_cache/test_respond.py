@@ -82,6 +82,7 @@ def test_stopped_at_any_part_it_goes_on_to_the_same_corpus(corpus: Corpus, tmp_p
     made = written(corpus, tmp_path / "out", rest)
     assert made.fingerprint == whole.fingerprint
     assert rest.calls == 5 - (call - 1)
+    assert not list((tmp_path / "out").glob("parts-*")), "what was collected is not kept twice"
 
 
 def test_what_is_written_is_not_written_again_and_not_mixed_with_anothers(corpus: Corpus, tmp_path: Path) -> None:
