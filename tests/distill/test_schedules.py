@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from stages.distill.optimizer import LIQUID_RATE, make_optimizer, parameter_groups, set_rates
-from stages.distill.schedules import attention_factor, learning_rate_factor
+from stages.distill.schedules import attention_factor, learning_rate_factor, weight_factor
 from stages.distill.settings import DistillSettings
 from stages.student.model import MiniCodformerForConditionalGeneration, build_student
 from stages.student.shape import StudentShape
@@ -41,6 +41,18 @@ def test_attention_fades_out_by_half_of_the_run() -> None:
     assert factors[0] == 1.0
     assert factors[10] == 0.5
     assert not any(factors[20:])
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize("final", [0.0, 0.5, 3.0])
+def test_a_terms_weight_goes_from_all_of_it_to_its_final_share(shape: str, final: float) -> None:
+    shares = [weight_factor(step, 41, final=final, shape=shape) for step in range(41)]
+    assert shares[0] == 1.0
+    assert shares[-1] == pytest.approx(final)
+    assert shares[20] == pytest.approx((1 + final) / 2)
+    assert sorted(shares, reverse=final < 1) == shares
+    assert (shares[10] == pytest.approx(1 + (final - 1) / 4)) == (shape == "linear")
+    assert weight_factor(0, 1, final=final, shape=shape) == 1.0
 
 
 def test_every_parameter_is_in_one_group_at_the_rate_of_its_depth(
