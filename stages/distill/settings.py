@@ -74,7 +74,8 @@ class DistillSettings:
     micro_batch: int | Auto = AUTO
     """Records a rank holds at once, at most."""
     bucket_batches: int = 16
-    """Global batches whose records are sorted by length together, so that little is padded; 1 sorts none together."""
+    """Global batches whose records are sorted by length together, so that little is padded; 1 sorts none together.
+    Records of like length may be of a kind, and a small global batch of one kind teaches less."""
     learning_rate: float = 2e-3
     layer_decay: float = 0.9
     """Layer l of L learns with learning_rate * layer_decay ** (L - 1 - l)."""
