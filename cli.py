@@ -71,7 +71,9 @@ TensorParallelOption = Annotated[
     int | None, typer.Option("--tp", help="Devices to each copy of the teacher; the same as teacher.tensor_parallel.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ShardsOption = Annotated[Path | None, typer.Option("--shards", help="A shard set. [default: the run's own]")]
+ShardsOption = Annotated[
+    str | None, typer.Option("--shards", help="The folder or URL of a shard set. [default: the run's own]")
+]
 
 
 @app.callback()
@@ -294,10 +296,24 @@ def export_shards(
     _print(export(path, target, kind=kind))
 
 
+@app.command("copy-shards")
+def copy_shards(
+    source: Annotated[str, typer.Argument(help="The folder or URL of the set to copy.")],
+    target: Annotated[str, typer.Argument(help="The folder or URL of the set to make.")],
+) -> None:
+    """Copy a shard set to another folder or object store.
+
+    Every byte is checked on the way. Stopped and started again, it goes on.
+    """
+    from pipeline.shard_tools import copy
+
+    _print(copy(source, target))
+
+
 @app.command()
 def merge(
-    target: Annotated[str, typer.Argument(help="The folder or URL of the set to make.")],
     sources: Annotated[list[str], typer.Argument(help="Two or more sets of one teacher.")],
+    target: Annotated[str, typer.Argument(help="The folder or URL of the set to make.")],
 ) -> None:
     """Make one shard set of several.
 
@@ -311,8 +327,8 @@ def merge(
 
 @app.command()
 def reselect(
-    target: Annotated[str, typer.Argument(help="The folder or URL of the set to make.")],
     source: Annotated[str, typer.Argument(help="The folder or URL of the set to take it from.")],
+    target: Annotated[str, typer.Argument(help="The folder or URL of the set to make.")],
     k: Annotated[int, typer.Option("--k", min=1, help="Most ids a position.")],
     mass: Annotated[float | None, typer.Option("--mass", help="Stop at this probability mass.")] = None,
     floor: Annotated[float | None, typer.Option("--floor", help="Keep no id less probable than this.")] = None,

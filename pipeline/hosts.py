@@ -106,7 +106,7 @@ def _ask(host: str, command: str) -> tuple[int, str]:
     return done.returncode, (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
 
 
-def run_on_hosts(run: RunFolder, shards: Path, hosts: list[Host], here: Machine, *, tracker: str) -> None:
+def run_on_hosts(run: RunFolder, shards: Path | str, hosts: list[Host], here: Machine, *, tracker: str) -> None:
     """Train with one rank a slot. Signals are passed on as `run_ranks` does.
 
     Raises PipelineError with the message and hint of the rank that failed first.

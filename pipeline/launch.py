@@ -95,7 +95,7 @@ def count_replicas(gpus: int | None, tensor_parallel: int, here: Machine, sizes:
     return gpus // tensor_parallel
 
 
-def run_ranks(run: RunFolder, shards: Path, count: int, here: Machine, *, tracker: str) -> None:
+def run_ranks(run: RunFolder, shards: Path | str, count: int, here: Machine, *, tracker: str) -> None:
     """Train with `count` processes on this machine, through torch's elastic launcher.
 
     SIGTERM and Ctrl-C ask the ranks to save after the step they are in; SystemExit of that signal follows. A second one
@@ -131,7 +131,7 @@ def run_ranks(run: RunFolder, shards: Path, count: int, here: Machine, *, tracke
                 left.kill()
 
 
-def rank_command(run: RunFolder, shards: Path, tracker: str) -> tuple[str, ...]:
+def rank_command(run: RunFolder, shards: Path | str, tracker: str) -> tuple[str, ...]:
     """What every rank runs, after the interpreter's name."""
     return "-m", "pipeline.rank", str(run.path.resolve()), str(shards), tracker
 

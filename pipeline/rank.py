@@ -38,7 +38,7 @@ def take_failure(run: RunFolder) -> Failure | None:
     return failure
 
 
-def _train(run: RunFolder, shards: Path, emit: Emit) -> None:
+def _train(run: RunFolder, shards: str, emit: Emit) -> None:
     from stages.distill.train import train
 
     recipe = run.recipe()
@@ -65,7 +65,7 @@ def _stop_with_the_launcher() -> None:
 
 
 def main() -> None:
-    run, shards, tracker = RunFolder(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
+    run, shards, tracker = RunFolder(Path(sys.argv[1])), sys.argv[2], sys.argv[3]
     _stop_with_the_launcher()
     try:
         with listening(run.events, others=sinks(tracker, run.path)) if _is_speaker() else nullcontext(silent) as emit:

@@ -13,7 +13,7 @@ from pipeline.sinks import listening
 from shards.contract import Selection
 from shards.export import FORMATS, export_parquet
 from shards.manifest import Manifest
-from shards.merge import merge_sets
+from shards.merge import copy_set, merge_sets
 from shards.reselect import reselect_set
 from stages.events import Progress
 
@@ -38,6 +38,14 @@ def merge(places: Sequence[str], target: str) -> list[str]:
     with _told("merge") as progress, _usage("merge sets of different corpora, each named once"):
         manifest = merge_sets(sources, target, progress=progress)
     return [_made("merged", manifest, target)]
+
+
+def copy(place: str, target: str) -> list[str]:
+    """Make the same set in another place."""
+    source = location(place)
+    with _told("copy-shards") as progress, _usage("give a folder, an s3:// or a gs:// URL"):
+        manifest = copy_set(source, target, progress=progress)
+    return [_made("copied", manifest, target)]
 
 
 def reselect(place: str, target: str, *, k: int, mass: float | None, floor: float | None) -> list[str]:

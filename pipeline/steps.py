@@ -129,7 +129,7 @@ def distill(
     recipe: Recipe,
     run: RunFolder,
     *,
-    shards: Path | None,
+    shards: str | None,
     gpus: int | None,
     hosts: Path | None = None,
     tracker: str = "tensorboard",
@@ -145,21 +145,29 @@ def distill(
     count = launch.default_ranks(here) if gpus is None else gpus
     if not machines:
         launch.check_ranks(count, here, recipe.distill.global_batch)
-    shards = (shards or run.shards).resolve()
-    if not shards.is_dir():
-        raise PipelineError(f"no shards in {shards}", hint="run make teacher-cache first, or name a set with SHARDS=…")
+    place = _shards_of(run, shards)
     with run.lock("distill"):
         run.adopt(recipe)
         if machines:
             check_hosts(machines, run)
-            run_on_hosts(run, shards, machines, here, tracker=tracker)
+            run_on_hosts(run, place, machines, here, tracker=tracker)
         else:
-            launch.run_ranks(run, shards, count, here, tracker=tracker)
+            launch.run_ranks(run, place, count, here, tracker=tracker)
         write_card(run)
     return dict(run.summary()["distill"])
 
 
-def evaluate(run: RunFolder, *, shards: Path | None) -> Mapping[str, Any]:
+def _shards_of(run: RunFolder, shards: str | None) -> Path | str:
+    """Where a run takes its shards from. Raises PipelineError where there is no such folder; a URL is read to tell."""
+    if shards is not None and "://" in shards:
+        return shards
+    folder = (run.shards if shards is None else Path(shards)).resolve()
+    if not folder.is_dir():
+        raise PipelineError(f"no shards in {folder}", hint="run make teacher-cache first, or name a set with SHARDS=…")
+    return folder
+
+
+def evaluate(run: RunFolder, *, shards: str | None) -> Mapping[str, Any]:
     """The validation report: the student against the teacher's cached distributions, and its answers to a few prompts.
 
     Nothing is computed again for the same model, shards and generation settings.
@@ -172,7 +180,7 @@ def evaluate(run: RunFolder, *, shards: Path | None) -> Mapping[str, Any]:
     silence_loading_bars()
     settings = run.recipe().generation
     with run.lock("evaluate"), listening(run.events) as emit:
-        shard_set = ShardSet(shards or run.shards)
+        shard_set = ShardSet(_shards_of(run, shards))
         made_from = {
             "model_sha256": hashlib.sha256((run.final_model / "model.safetensors").read_bytes()).hexdigest(),
             "corpus_fingerprint": shard_set.contract.corpus_fingerprint,

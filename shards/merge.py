@@ -1,13 +1,14 @@
-"""Several sets of one teacher as one set, without the teacher and without decoding anything.
+"""Sets made of sets, without the teacher and without decoding anything: one elsewhere, or several as one.
 
-Rows are taken as they are; only a shard's name, its place in the set and the corpus in its contract are written anew.
+A copy has the same shards, byte for byte, whether it lies in a folder or in an object store. Where sets are merged,
+rows are taken as they are; only a shard's name, its place in the set and the corpus in its contract are written anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shards.contract import Contract
@@ -15,7 +16,7 @@ from shards.errors import ContractMismatch
 from shards.manifest import FIDELITY_FILE, Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
 from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
-from shards.storage import Location, storage_at
+from shards.storage import Location, Storage, storage_at
 from shards.units import ShardInfo, describe, publish_unit, published_units
 from shards.writer import rewrapped
 
@@ -51,12 +52,37 @@ def merge_sets(
     contract, storage = _common_contract(sets), storage_at(target, cache=cache)
     _require_apart(sets)
     files = _common_teacher_files(sets)
+    return _make(storage, contract, list(_plan(sets)), files, progress)
+
+
+def copy_set(
+    source: Location, target: Location, *, progress: Progress | None = None, cache: ObjectCache | None = None
+) -> Manifest:
+    """Make the same set in another place, folder or object store; stopped and called again, it goes on.
+
+    Raises ContractMismatch where `target` holds another set, and what reading a damaged source raises.
+    """
+    shards = ShardSet(source, cache=cache)
+    for name in shards.manifest.teacher_files:
+        shards.verify_teacher_file(name)
+    files = {name: (shards.teacher_folder / name).read_bytes() for name in shards.manifest.teacher_files}
+    units = [_Unit(shards.open(info).unit, shards, info) for info in shards.manifest.shards]
+    return _make(storage_at(target, cache=cache), shards.contract, units, files, progress)
+
+
+def _make(
+    storage: Storage,
+    contract: Contract,
+    units: Sequence[_Unit],
+    files: Mapping[str, bytes],
+    progress: Progress | None,
+) -> Manifest:
     begin(storage, contract)
     if is_sealed(storage):
         return read_manifest(storage)
-    done, total = 0, sum(shards.manifest.totals()["records"] for shards in sets)
+    done, total = 0, sum(unit.info.records for unit in units)
     there, infos = published_units(storage), list[ShardInfo]()
-    for unit in _plan(sets):
+    for unit in units:
         if unit.name in there:
             infos.append(describe(storage, there[unit.name], contract).info)
         else:

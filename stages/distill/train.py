@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from shards.reader import ShardSet
+from shards.storage import Location
 from stages.distill.batches import Batch, Prefetcher, assemble
 from stages.distill.checkpoint import CheckpointFolder, Milestone
 from stages.distill.evaluate import EvaluationReport, evaluate
@@ -58,7 +59,7 @@ class TrainResult:
 
 def train(
     *,
-    shards: Path,
+    shards: Location,
     run: Path,
     settings: DistillSettings,
     objective: ObjectiveSettings,

@@ -14,6 +14,7 @@ from shards.contract import Contract
 from shards.errors import ContractMismatch, Corrupt, Incomplete, StorageFailed
 from shards.inspect import inspect
 from shards.manifest import Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
+from shards.merge import copy_set
 from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
 from shards.record import Record
@@ -120,6 +121,33 @@ def test_objects_copied_into_a_folder_as_they_are_read_there(
     assert verify_shards(copy.storage).intact
     assert copy.manifest == manifest
     assert {path.name for path in copy.teacher_folder.iterdir()} == set(TEACHER)
+
+
+def test_a_copy_goes_up_and_down_and_on_where_it_stopped(
+    tmp_path: Path, store: ObjectStore, url: str, cache: ObjectCache, contract: Contract, records: list[Record]
+) -> None:
+    made = fill(tmp_path / "here", contract, records)
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copy_set(tmp_path / "here", url, progress=stop, cache=cache)
+    store.refuse()
+    up = copy_set(tmp_path / "here", url, cache=cache)
+    put = [asked for asked in store.requests() if asked.startswith("PUT") and asked.endswith(".arrow")]
+    assert len([asked for asked in put if "/columns/" not in asked]) == 1, "two of three were there"
+    assert [info.sha256 for info in up.shards] == [info.sha256 for info in made.shards]
+    assert copy_set(url, tmp_path / "back", cache=cache) == made
+    assert visible(tmp_path / "back") == visible(tmp_path / "here")
+    fill(tmp_path / "other", dataclasses.replace(contract, engine="another"), records)
+    with pytest.raises(ContractMismatch, match="engine"):
+        copy_set(tmp_path / "other", url, cache=cache)
+
+
+def visible(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_opening_a_split_fetches_no_shard(

@@ -83,19 +83,26 @@ def test_export_shards_writes_what_polars_reads(run: Callable[..., Result], shar
 
 
 def test_reselect_keeps_fewer_ids(run: Callable[..., Result], shards: Path, tmp_path: Path) -> None:
-    done = run("reselect", tmp_path / "narrow", shards, "--k", 2)
+    done = run("reselect", shards, tmp_path / "narrow", "--k", 2)
     assert done.exit_code == 0, done.output
     assert "reselected 4 shards, 8 records" in done.output
     narrow = read_manifest(tmp_path / "narrow")
     assert narrow.contract.selection.k == 2
     assert narrow.totals()["positions"] == read_manifest(shards).totals()["positions"]
-    outcome = run("reselect", tmp_path / "wide", shards, "--k", 5)
+    outcome = run("reselect", shards, tmp_path / "wide", "--k", 5)
     assert isinstance(outcome.exception, UsageError)
     assert "keeps 4 ids a position, not 5" in str(outcome.exception)
 
 
 def test_merge_refuses_one_set_twice(run: Callable[..., Result], shards: Path, tmp_path: Path) -> None:
-    outcome = run("merge", tmp_path / "out", shards, shards)
+    outcome = run("merge", shards, shards, tmp_path / "out")
     assert isinstance(outcome.exception, UsageError)
     assert "is in" in str(outcome.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_copy_shards_makes_the_same_set(run: Callable[..., Result], shards: Path, tmp_path: Path) -> None:
+    done = run("copy-shards", shards, tmp_path / "copy")
+    assert done.exit_code == 0, done.output
+    assert read_manifest(tmp_path / "copy") == read_manifest(shards)
+    assert isinstance(run("copy-shards", shards, "ftp://there").exception, UsageError)
