@@ -13,6 +13,7 @@ from shards.record import AttentionSummary, Record
 VOCAB = 211
 TOP_M = 4
 CURVE = (0.5, 0.25)
+_COMMON = np.random.default_rng(5).normal(size=VOCAB)
 
 SELECTIONS = {
     "topk": Selection(kind="topk", k=8),
@@ -45,7 +46,7 @@ def record_of(index: int, selection: Selection, *, rows: str = "all") -> Record:
     """A few tokens of prompt and response, and all that the contract of `contract_of` says about them."""
     rng = np.random.default_rng([17, index])
     length, prompt = int(rng.integers(1, 9)), int(rng.integers(1, 9))
-    logits = rng.normal(size=(length, VOCAB)) * 2.5
+    logits = 2 * _COMMON + 2 * rng.normal(size=(length, VOCAB))  # some ids are likelier everywhere: that can be learnt
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     kept = [_keep(row, selection, rng) for row in log_p]
     width = max(len(ids) for ids, _, _ in kept)
