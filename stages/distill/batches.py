@@ -75,7 +75,7 @@ def assemble(records: Sequence[Record], start_token_id: int) -> Batch:
         decoder_ids_BT=decoder_ids,
         decoder_mask_BT=decoder_mask,
         rows_N=torch.cat([torch.arange(span.start, span.stop) + b * width for b, span in enumerate(spans)]),
-        teacher=_teacher(
+        teacher=teacher_rows(
             records, [response[span.start : span.stop] for response, span in zip(responses, spans, strict=True)]
         ),
         attention=_attention(records),
@@ -83,7 +83,8 @@ def assemble(records: Sequence[Record], start_token_id: int) -> Batch:
     )
 
 
-def _teacher(records: Sequence[Record], labels: Sequence[Int32]) -> TeacherRows:
+def teacher_rows(records: Sequence[Record], labels: Sequence[Int32]) -> TeacherRows:
+    """The cached side of all predicted positions of `records`, one after the other, with their labels."""
     widest = max(record.ids_NK.shape[1] for record in records)
     ids_NK = _stack([_widened(record.ids_NK, widest, -1) for record in records]).long()
     draws_NK = _stack([_widened(_draws(record), widest, 0) for record in records])

@@ -112,6 +112,39 @@ class _FusedRows(torch.autograd.Function):
         return grad_hidden_ND * grad_objective.to(grad_hidden_ND.dtype), grad_weight_VD, None, None, None
 
 
+def rows_from_logits(logits_NV: Tensor, teacher: TeacherRows, what: RowObjective) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The same objective, and each term's sum, of logits that are there already: of a model that is not ours.
+
+    Only the objective can be differentiated, once, with respect to the logits.
+    """
+    objective, *sums = _RowsFromLogits.apply(logits_NV, teacher, what)
+    return objective, tuple(sums)
+
+
+class _RowsFromLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, teacher: TeacherRows, what: RowObjective) -> tuple[Tensor, ...]:
+        grad_NV = torch.empty_like(logits_NV)
+        sums = []
+        for start in range(0, logits_NV.shape[0], BLOCK_ROWS[logits_NV.device.type]):
+            rows = slice(start, start + BLOCK_ROWS[logits_NV.device.type])
+            buffer_NV = logits_NV[rows].to(_wide(logits_NV.dtype), copy=True)
+            spare_NV = None if what.temper is None else torch.empty_like(buffer_NV)
+            block_sums, block_grad_NV = _differentiate(_Block(buffer_NV, spare_NV, teacher.rows(rows), what), what)
+            grad_NV[rows] = block_grad_NV.to(grad_NV.dtype)
+            sums.append(block_sums)
+        ctx.save_for_backward(grad_NV)
+        totals = _added(sums)
+        ctx.mark_non_differentiable(*totals)
+        return _weighted(totals, what), *totals
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_objective: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_NV,) = ctx.saved_tensors
+        return grad_NV * grad_objective.to(grad_NV.dtype), None, None
+
+
 @dataclass(slots=True)
 class _Leaves:
     """The few numbers a row that losses depend on: logits of the named ids and the label, r, and r_T if tempered."""
