@@ -296,6 +296,27 @@ def export_shards(
     _print(export(path, target, kind=kind))
 
 
+@app.command()
+def estimate(
+    path: Annotated[str, typer.Argument(help="A small shard set, made as the planned one will be.")],
+    positions: Annotated[int, typer.Option("--positions", min=1, help="Response tokens of the planned set.")],
+    rate: Annotated[
+        float | None,
+        typer.Option("--rate", min=1e-6, help="Response tokens a second and machine. [default: its run's]"),
+    ] = None,
+    machines: Annotated[int, typer.Option("--machines", min=1, help="Machines like that of the sample.")] = 1,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="Of one machine and hour.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell bytes, hours and cost of a planned teacher cache.
+
+    From a few real samples that are cached already, before anything is spent.
+    """
+    from pipeline.estimate import estimate as tell
+
+    _print(tell(path, positions, rate=rate, machines=machines, price=price, as_json=as_json))
+
+
 @app.command("copy-shards")
 def copy_shards(
     source: Annotated[str, typer.Argument(help="The folder or URL of the set to copy.")],

@@ -33,7 +33,7 @@ from shards.units import ShardInfo, shard_name
 __all__ = ["ShardReader", "ShardSet", "Split"]
 
 MAX_OPEN = 256
-MAX_RESIDENT = 1 << 28
+MAX_RESIDENT = 1 << 26
 """Bytes of cells read, about, before mapped pages are given back."""
 
 

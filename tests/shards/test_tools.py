@@ -101,6 +101,24 @@ def test_merge_refuses_one_set_twice(run: Callable[..., Result], shards: Path, t
     assert not (tmp_path / "out").exists()
 
 
+def test_estimate_tells_bytes_hours_and_cost(
+    run: Callable[..., Result], make_set: Callable[..., Path], tmp_path: Path
+) -> None:
+    shards = make_set(tmp_path / "shards")
+    totals = read_manifest(shards).totals()
+    words = ("estimate", shards, "--positions", 100 * totals["positions"])
+    assert "hours      not known: give --rate" in run(*words).output
+    (tmp_path / "summary.json").write_text(json.dumps({"teacher_cache": {"captured": 500, "seconds": 10.0}}))
+    facts = json.loads(run(*words, "--machines", 4, "--price", 3, "--json").output)
+    assert facts["bytes"] == pytest.approx(100 * totals["bytes"])
+    assert facts["positions_per_second"] == 50
+    assert facts["hours"] == pytest.approx(100 * totals["positions"] / 200 / 3600)
+    assert facts["cost"] == pytest.approx(facts["hours"] * 4 * 3)
+    told = run(*words, "--rate", 100).output
+    assert "at 100 tokens/s each" in told
+    assert f"{100 * totals['positions']:,} response tokens" in told
+
+
 def test_copy_shards_makes_the_same_set(run: Callable[..., Result], shards: Path, tmp_path: Path) -> None:
     done = run("copy-shards", shards, tmp_path / "copy")
     assert done.exit_code == 0, done.output
