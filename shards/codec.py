@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 from shards.contract import Contract
-from shards.errors import UnknownVersion
+from shards.errors import Corrupt, UnknownVersion
+from shards.framing import RESTORE
+from shards.planes2.codec import Planes2
+from shards.planes2.tables import fingerprint
 from shards.record import AttentionSummary, Record
 from shards.signal import Signal
 from shards.topk_planes import TopkPlanes1
@@ -21,8 +24,11 @@ class Codec(Protocol):
 
     name: ClassVar[str]
 
-    def __init__(self, contract: Contract) -> None:
-        """Raises UnknownVersion for a contract that this codec cannot carry."""
+    def __init__(self, contract: Contract, tables: bytes | None) -> None:
+        """`tables` are those that the contract names, None where it names none.
+
+        Raises UnknownVersion for a contract that this codec cannot carry, Corrupt for tables that mean nothing.
+        """
 
     def encode_signals(self, records: Sequence[Record]) -> list[bytes]:
         """One `signal` cell a record; the records are valid under the contract."""
@@ -37,14 +43,19 @@ class Codec(Protocol):
         """The summary of a cell with N = `positions`, P = `prompt_length`. Raises Corrupt."""
 
 
-CODECS: Mapping[str, type[Codec]] = {TopkPlanes1.name: TopkPlanes1}
+CODECS: Mapping[str, type[Codec]] = {TopkPlanes1.name: TopkPlanes1, Planes2.name: Planes2}
 
 
-def codec_for(contract: Contract) -> Codec:
-    """The codec that the contract names. Raises UnknownVersion where there is none."""
+def codec_for(contract: Contract, tables: bytes | None) -> Codec:
+    """The codec that the contract names, with the tables that it names.
+
+    Raises UnknownVersion where there is none, Corrupt where the tables are others.
+    """
     if contract.codec not in CODECS:
         raise UnknownVersion(
             f"codec {contract.codec!r}, this reader knows {', '.join(CODECS)}",
             hint="upgrade minicodformer, or write the shards again",
         )
-    return CODECS[contract.codec](contract)
+    if contract.tables != (None if tables is None else fingerprint(tables)):
+        raise Corrupt("its tables are not those that its contract names", hint=RESTORE)
+    return CODECS[contract.codec](contract, tables)

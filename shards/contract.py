@@ -125,6 +125,8 @@ class Contract:
         inside = all(type(node) is float and 0 < node < 1 for node in self.curve)
         if len(self.curve) > MAX_NODES or not inside or list(self.curve) != sorted(set(self.curve), reverse=True):
             raise ValueError(f"curve must be at most {MAX_NODES} exponents falling within (0, 1), not {self.curve!r}")
+        if self.curve and not self.selection.tail_known:
+            raise ValueError("a curve belongs to a tail that is known")
         for field in dataclasses.fields(self):
             if field.type == "str" and not isinstance(getattr(self, field.name), str):
                 raise ValueError(f"{field.name} must be text, not {getattr(self, field.name)!r}")

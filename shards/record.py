@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.contract import AttentionSpec
+
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -28,7 +30,7 @@ class AttentionSummary:
     """
 
     positions_LNM: Int32
-    """Key positions in 1..P-1 by falling weight; -1 where the prompt has fewer keys."""
+    """Key positions in 1..P-1 by falling weight; -1 where the row sees fewer keys."""
     weights_LNM: Float32
     """Weight of each kept key; 0 where the position is -1."""
     sink_LN: Float32
@@ -81,3 +83,11 @@ class Record:
     def positions(self) -> int:
         """N, the number of predicted positions."""
         return int(self.ids_NK.shape[0])
+
+
+def keys_in_sight(spec: AttentionSpec, *, positions: int, prompt_length: int) -> Int32:
+    """How many prompt keys each row sees: all P - 1 of them, but rows of the prompt position t see t."""
+    response_N = np.full(positions, prompt_length - 1, np.int32)
+    if spec.rows == "response":
+        return response_N
+    return np.concatenate([np.arange(1, prompt_length - 1, dtype=np.int32), response_N])

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from shards.codec import codec_for
 from shards.contract import Selection
+from shards.learnt import EXAMPLES, tables_budget, with_tables
 from shards.manifest import FIDELITY_FILE, Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
 from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
@@ -44,8 +45,11 @@ def reselect_set(
     shards = ShardSet(source, cache=cache)
     require_held(shards.contract.selection, selection)
     contract = replace(shards.contract, selection=selection, codec=codec or shards.contract.codec)
-    codec_for(contract)
     storage = storage_at(target, cache=cache)
+    contract, tables = with_tables(
+        storage, contract, lambda: _examples(shards, selection), budget=tables_budget(_positions_a_shard(shards))
+    )
+    codec_for(contract, tables)
     begin(storage, contract)
     if is_sealed(storage):
         return read_manifest(storage)
@@ -57,7 +61,7 @@ def reselect_set(
             infos.append(describe(storage, there[shard.unit], contract).info)
         else:
             records = [reselected(shard[row], selection, contract.curve) for row in range(len(shard))]
-            infos.append(write_shard(storage, shard.unit, shard.split, contract, records))
+            infos.append(write_shard(storage, shard.unit, shard.split, contract, records, tables=tables))
         done += info.records
         if progress is not None:
             progress(done, total)
@@ -67,6 +71,17 @@ def reselect_set(
     names = [name for name in shards.manifest.teacher_files if name != FIDELITY_FILE]
     folder = publish_teacher_files(storage, {name: (shards.teacher_folder / name).read_bytes() for name in names})
     return seal(storage, contract, infos, teacher_folder=folder)
+
+
+def _examples(shards: ShardSet, selection: Selection) -> list[Record]:
+    """Records of the set, evenly spread, as they will be."""
+    split = shards.split(shards.splits[-1])
+    step = -(-len(split) // EXAMPLES)
+    return [reselected(split[index], selection, shards.contract.curve) for index in range(0, len(split), step)]
+
+
+def _positions_a_shard(shards: ShardSet) -> int:
+    return max(info.positions for info in shards.manifest.shards)
 
 
 def require_held(old: Selection, new: Selection) -> None:

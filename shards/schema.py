@@ -27,6 +27,8 @@ MAX_COLUMN_BYTES = 1 << 31
 CHECK_BYTES = 8
 _TOKENS = pa.list_(pa.field("item", pa.int32(), nullable=False))
 LENGTHS = ("first_position", "positions", "entries", "prompt_length", "response_length")
+TABLES = "tables"
+"""The codec's learnt tables: row 0 holds them, the other rows are empty."""
 STATISTICS = ("mean_entropy", "mean_coverage", "min_coverage")
 
 
@@ -44,6 +46,7 @@ def schema_for(contract: Contract) -> pa.Schema:
         **dict.fromkeys(LENGTHS, pa.int32()),
         **dict.fromkeys(STATISTICS, pa.float32()),
         **{name: _TOKENS if name.endswith("_ids") else pa.binary() for name in cells},
+        **({} if contract.tables is None else {TABLES: pa.binary()}),
         "checks": pa.binary(CHECK_BYTES * len(cells)),
     }
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields.items()])

@@ -30,6 +30,7 @@ from shards.schema import (
     MAX_PROMPT,
     MAX_ROWS,
     STATISTICS,
+    TABLES,
     cell_check,
     cell_names,
     fixed_parts,
@@ -55,7 +56,7 @@ class ShardReader:
                 self._batch = _only_batch(file, schema_for(self.contract))
                 parts = list(fixed_parts(self._batch))
             framing.check_index(self._frame, self._footer_metadata, parts)
-            self._codec = codec_for(self.contract)
+            self._codec = codec_for(self.contract, self.tables)
             self._cells = {name: _Cells(self._batch.column(name)) for name in cell_names(self.contract)}
             self._checks = parts[-1].reshape(len(self), len(self._cells), CHECK_BYTES)
             self._lengths = {name: self.numbers(name).astype(np.int64) for name in LENGTHS}
@@ -104,6 +105,16 @@ class ShardReader:
     def batch(self) -> pa.RecordBatch:
         """The rows as they lie in the file, their metadata included; no cell of it is checked."""
         return self._batch
+
+    @property
+    def tables(self) -> bytes | None:
+        """The codec's learnt tables; None for a codec without."""
+        if self.contract.tables is None:
+            return None
+        column = _Cells(self._batch.column(TABLES))
+        if column.sizes[1:].any():
+            raise Corrupt("it holds tables more than once", hint=framing.RESTORE)
+        return bytes(column[0])
 
     @property
     def size(self) -> int:

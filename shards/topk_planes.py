@@ -49,9 +49,9 @@ _BORDERS = -(_ROOTS[1:] + _ROOTS[:-1]) / 2
 class TopkPlanes1:
     name: ClassVar[str] = "topk-planes/1"
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, contract: Contract, tables: bytes | None) -> None:
         rows = None if contract.attention is None else contract.attention.rows
-        if contract.selection.kind != "topk" or contract.curve or contract.tables or rows == "all":
+        if contract.selection.kind != "topk" or contract.curve or tables or rows == "all":
             raise UnknownVersion(
                 f"codec {self.name!r} carries a top-k and attention of response rows only, not what its contract says",
                 hint="upgrade minicodformer, or write the shards again",

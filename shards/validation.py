@@ -5,13 +5,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.contract import AttentionSpec, Contract
+from shards.contract import AttentionSpec, Contract, Selection
 from shards.errors import InvalidRecord
-from shards.record import AttentionSummary, Record
+from shards.record import AttentionSummary, Record, keys_in_sight
 from shards.schema import MAX_ENTRIES, MAX_PROMPT
 
 MASS_TOLERANCE = 1e-3
 """How far probabilities computed in single precision may miss their sum."""
+
+DRAW_TOLERANCE = 1 / 16
+"""How far log-probabilities of draws may be off together: what the codec does to each, twice."""
+
+CURVE_TOLERANCE = 0.02
+"""How far the steps of a curve may have the wrong sign: what rounding and the codec do to them."""
 
 
 def require_valid(record: Record, contract: Contract) -> None:
@@ -42,29 +48,101 @@ def _check_tokens(record: Record, contract: Contract) -> None:
 
 
 def _check_distribution(record: Record, contract: Contract) -> None:
-    ids_NK, logprobs_NK = record.ids_NK, record.logprobs_NK
-    shape = (record.positions, contract.selection.k)
-    _require(logprobs_NK is not None, "it has no log-probabilities")
-    assert logprobs_NK is not None
-    _require_array("ids_NK", ids_NK, shape, np.int32)
-    _require_array("logprobs_NK", logprobs_NK, shape, np.float32)
+    selection = contract.selection
+    _check_ids(record, contract)
+    shape = record.ids_NK.shape
+    _require((record.logprobs_NK is not None) == selection.logprobs, "log-probabilities are there or missing")
+    _require((record.draws_NK is not None) == bool(selection.draws), "draws are there or missing")
+    if record.logprobs_NK is not None:
+        _require_array("logprobs_NK", record.logprobs_NK, shape, np.float32)
+        _check_logprobs(record, selection.k)
+    if record.draws_NK is not None:
+        _require_array("draws_NK", record.draws_NK, shape, np.int32)
+        _check_draws(record, record.draws_NK, selection)
     _require_array("log_tail_N", record.log_tail_N, shape[:1], np.float32)
     _require_array("entropy_N", record.entropy_N, shape[:1], np.float32)
+    _check_masses(record, selection)
+    _check_curve(record, contract)
+
+
+def _check_ids(record: Record, contract: Contract) -> None:
+    """How many there are, and that none is repeated; where a row has fewer, the rest is -1."""
+    ids_NK, selection = record.ids_NK, contract.selection
+    _require(ids_NK.dtype == np.int32 and ids_NK.ndim == 2, "ids_NK must be rows of int32 ids")
+    width = ids_NK.shape[1]
+    least = {"topk": selection.k, "hybrid": selection.k}.get(selection.kind, 1)
+    _require(least <= width <= selection.most_kept, f"{width} ids a position are not {least} to {selection.most_kept}")
     _require(ids_NK.size <= MAX_ENTRIES, f"{ids_NK.size} kept ids, at most {MAX_ENTRIES} fit a record")
-    _require_ids("ids_NK", ids_NK, contract.vocab_size)
+    there_NK = ids_NK != -1
+    _require(bool(there_NK[:, :least].all()), f"a position keeps fewer than {least} ids")
+    _require(bool((there_NK[:, 1:] <= there_NK[:, :-1]).all()), "an id follows one that is absent")
+    _require_ids("ids_NK", ids_NK[there_NK], contract.vocab_size)
     sorted_NK = np.sort(ids_NK, axis=1)
-    _require(bool((sorted_NK[:, 1:] > sorted_NK[:, :-1]).all()), "ids_NK repeats an id within a position")
-    _require(bool(np.isfinite(logprobs_NK).all()), "logprobs_NK has a value that is not finite")
-    _require(bool((logprobs_NK[:, 1:] <= logprobs_NK[:, :-1]).all()), "logprobs_NK does not fall along a position")
-    # NaN fails both comparisons; -inf is a tail without mass.
-    _require(bool((record.log_tail_N <= MASS_TOLERANCE).all()), "log_tail_N is above 0 or not a number")
-    _require(bool(((record.entropy_N >= -MASS_TOLERANCE) & (record.entropy_N < 64)).all()), "entropy_N is no entropy")
-    mass_N = np.exp(logprobs_NK.astype(np.float64)).sum(axis=1) + np.exp(record.log_tail_N.astype(np.float64))
-    worst = int(np.abs(mass_N - 1).argmax())
+    distinct_NK = (sorted_NK[:, 1:] > sorted_NK[:, :-1]) | (sorted_NK[:, :-1] == -1)
+    _require(bool(distinct_NK.all()), "ids_NK repeats an id within a position")
+
+
+def _check_logprobs(record: Record, k: int) -> None:
+    there_NK, logprobs_NK = record.ids_NK != -1, record.logprobs_NK
+    assert logprobs_NK is not None
+    _require(bool(np.isfinite(logprobs_NK[there_NK]).all()), "logprobs_NK has a value that is not finite")
+    _require(bool(np.isneginf(logprobs_NK[~there_NK]).all()), "logprobs_NK is not -inf where the id is absent")
+    for part_NK in (logprobs_NK[:, :k], logprobs_NK[:, k:]):
+        _require(bool((part_NK[:, 1:] <= part_NK[:, :-1]).all()), "logprobs_NK does not fall along a position")
+
+
+def _check_draws(record: Record, draws_NK: NDArray[np.int32], selection: Selection) -> None:
+    drawn_NK = record.ids_NK != -1
+    drawn_NK[:, : selection.k] = False
+    _require(bool((draws_NK[drawn_NK] >= 1).all()), "an id was drawn less than once")
+    _require(bool((draws_NK[~drawn_NK] == 0).all()), "draws_NK counts an id that was not drawn")
+    expected_N = np.where(np.isneginf(record.log_tail_N), 0, selection.draws)
+    _require(bool((draws_NK.sum(axis=1) == expected_N).all()), f"draws_NK does not sum to {selection.draws}")
+    if record.logprobs_NK is None:
+        _require(bool((draws_NK[:, 1:] <= draws_NK[:, :-1]).all()), "draws_NK does not fall along a position")
+
+
+def _check_masses(record: Record, selection: Selection) -> None:
+    log_tail_N, entropy_N = record.log_tail_N, record.entropy_N
+    if selection.tail_known:
+        # NaN fails every comparison; -inf is a tail without mass.
+        _require(bool((log_tail_N <= MASS_TOLERANCE).all()), "log_tail_N is above 0 or not a number")
+        _require(bool(((entropy_N >= -MASS_TOLERANCE) & (entropy_N < 64)).all()), "entropy_N is no entropy")
+    else:
+        unknown = bool(np.isnan(log_tail_N).all() and np.isnan(entropy_N).all())
+        _require(unknown, "log_tail_N and entropy_N are not NaN, and the tail is not known")
+    tail_N = np.exp(log_tail_N.astype(np.float64))
+    mass_NK = np.zeros(record.ids_NK.shape)
+    if record.logprobs_NK is not None:
+        mass_NK = np.exp(record.logprobs_NK.astype(np.float64))
+    head_N, drawn_N = mass_NK[:, : selection.k].sum(axis=1), mass_NK[:, selection.k :].sum(axis=1)
+    total_N = head_N if not selection.tail_known else head_N + tail_N
+    worst = int(np.abs(total_N - 1).argmax() if selection.tail_known else total_N.argmax())
     _require(
-        abs(mass_N[worst] - 1) <= MASS_TOLERANCE,
-        f"position {worst}: kept and tail probability sum to {mass_N[worst]:.6f}, not 1",
+        total_N[worst] <= 1 + MASS_TOLERANCE and (not selection.tail_known or total_N[worst] >= 1 - MASS_TOLERANCE),
+        f"position {worst}: kept and tail probability sum to {total_N[worst]:.6f}, not 1",
     )
+    if selection.draws:
+        most_N = tail_N * np.exp(DRAW_TOLERANCE) + MASS_TOLERANCE
+        _require(bool((drawn_N <= most_N).all()), "drawn ids weigh more than what they are drawn from")
+
+
+def _check_curve(record: Record, contract: Contract) -> None:
+    curve_NJ, nodes = record.curve_NJ, len(contract.curve)
+    _require((curve_NJ is not None) == bool(nodes), "the curve is there or missing against the contract")
+    if curve_NJ is None:
+        return
+    _require_array("curve_NJ", curve_NJ, (record.positions, 2 * nodes), np.float32)
+    empty_N = np.isneginf(record.log_tail_N)
+    values_NJ, slopes_NJ = curve_NJ[:, :nodes], curve_NJ[:, nodes:]
+    nothing = bool(np.isneginf(values_NJ[empty_N]).all() and (slopes_NJ[empty_N] == 0).all())
+    _require(nothing, "the curve of a tail without mass is not -inf with slope 0")
+    values_NJ, slopes_NJ = values_NJ[~empty_N], slopes_NJ[~empty_N]
+    rising_NJ = np.diff(values_NJ, axis=1, prepend=record.log_tail_N[~empty_N, None])
+    falling_NJ = np.diff(slopes_NJ, axis=1, prepend=np.float32(0))
+    curved = (rising_NJ >= -CURVE_TOLERANCE) & (falling_NJ <= CURVE_TOLERANCE) & np.isfinite(slopes_NJ)
+    highest = np.log(contract.vocab_size) + CURVE_TOLERANCE
+    _require(bool((curved & (values_NJ <= highest)).all()), "curve_NJ is no log-partition of a tail")
 
 
 def _check_attention(record: Record, contract: Contract) -> None:
@@ -72,20 +150,21 @@ def _check_attention(record: Record, contract: Contract) -> None:
     if spec is None or summary is None:
         _require((spec is None) == (summary is None), "attention is there or missing against the contract")
         return
-    _check_attention_shapes(summary, spec, record.positions)
+    sight_N = keys_in_sight(spec, positions=record.positions, prompt_length=len(record.prompt_ids_P))
+    _check_attention_shapes(summary, spec, len(sight_N))
     entries = summary.positions_LNM.size
     _require(entries <= MAX_ENTRIES, f"{entries} attention keys, at most {MAX_ENTRIES} fit a record")
-    keys = len(record.prompt_ids_P) - 1
-    kept = min(spec.top_m, keys)
-    positions_LNM, weights_LNM = summary.positions_LNM, summary.weights_LNM
-    real_LNM = positions_LNM[..., :kept]
+    positions_LNM, weights_LNM, keys = summary.positions_LNM, summary.weights_LNM, len(record.prompt_ids_P) - 1
+    real_LNM = np.broadcast_to(np.arange(spec.top_m) < sight_N[:, None], positions_LNM.shape)
     _require(
-        bool((positions_LNM[..., kept:] == -1).all() and (weights_LNM[..., kept:] == 0).all()),
+        bool((positions_LNM[~real_LNM] == -1).all() and (weights_LNM[~real_LNM] == 0).all()),
         f"attention keeps more keys than the {keys} of the prompt, or pads with something else than -1 and 0",
     )
-    _require(bool(((real_LNM >= 1) & (real_LNM <= keys)).all()), f"an attention key lies outside 1 to {keys}")
-    sorted_LNM = np.sort(real_LNM, axis=-1)
-    _require(bool((sorted_LNM[..., 1:] > sorted_LNM[..., :-1]).all()), "an attention key is repeated")
+    seen_LNM = (positions_LNM >= 1) & (positions_LNM <= sight_N[:, None])
+    _require(bool(seen_LNM[real_LNM].all()), f"an attention key lies outside 1 to {keys}, or after its row")
+    sorted_LNM = np.sort(positions_LNM, axis=-1)
+    distinct_LNM = (sorted_LNM[..., 1:] > sorted_LNM[..., :-1]) | (sorted_LNM[..., :-1] == -1)
+    _require(bool(distinct_LNM.all()), "an attention key is repeated")
     _require(bool((weights_LNM[..., 1:] <= weights_LNM[..., :-1]).all()), "attention weights do not fall")
     _require(
         bool((weights_LNM.sum(axis=-1) <= summary.prompt_LN + MASS_TOLERANCE).all()),

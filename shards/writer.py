@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from shards.codec import codec_for
+from shards.codec import Codec, codec_for
 from shards.contract import Contract
 from shards.framing import write_frame
 from shards.record import Int32, Record
-from shards.schema import MAX_COLUMN_BYTES, MAX_ROWS, cell_check, cell_names, fixed_parts, schema_for
+from shards.schema import MAX_COLUMN_BYTES, MAX_ROWS, TABLES, cell_check, cell_names, fixed_parts, schema_for
 from shards.shard import ShardReader
 from shards.storage import Location, storage_at
 from shards.units import ShardInfo, publish_unit, require_name
@@ -29,27 +29,35 @@ def write_shard(
     split: str,
     contract: Contract,
     records: Sequence[Record],
+    *,
+    tables: bytes | None = None,
 ) -> ShardInfo:
     """Publish the shard of a unit with one row a record, in order, and describe the shard that is there now.
 
-    Where another writer was first, its shard stays and is described, once it is known to be of the same contract.
+    `tables` are those that the contract names. Where another writer was first, its shard stays and is described, once
+    it is known to be of the same contract.
     Raises InvalidRecord, StorageFailed, ContractMismatch, or what reading a damaged earlier shard raises.
     """
     require_name(f"{unit}.arrow")
-    return publish_unit(storage_at(location), unit, build_shard(unit, split, contract, records), contract)
+    return publish_unit(
+        storage_at(location), unit, build_shard(unit, split, contract, records, tables=tables), contract
+    )
 
 
-def build_shard(unit: str, split: str, contract: Contract, records: Sequence[Record]) -> bytes:
+def build_shard(
+    unit: str, split: str, contract: Contract, records: Sequence[Record], *, tables: bytes | None = None
+) -> bytes:
     """The bytes of a shard. Raises InvalidRecord before anything is encoded, ValueError for too many records."""
     if not 1 <= len(records) <= MAX_ROWS:
         raise ValueError(f"a shard holds 1 to {MAX_ROWS} records, not {len(records)}")
     for record in records:
         require_valid(record, contract)
-    cells = _cells(contract, records)
+    cells = _cells(codec_for(contract, tables), contract, records)
     columns = {
         "sample_id": [record.sample_id for record in records],
         **_numbers(records),
         **cells,
+        TABLES: [tables or b"", *[b""] * (len(records) - 1)],
         "checks": [
             b"".join(cell_check(name, row, _bytes(column[row])) for name, column in cells.items())
             for row in range(len(records))
@@ -69,9 +77,8 @@ def rewrapped(shard: ShardReader, unit: str, contract: Contract) -> bytes:
     return write_frame(batch.replace_schema_metadata(described), fixed_parts(batch))
 
 
-def _cells(contract: Contract, records: Sequence[Record]) -> dict[str, Sequence[Int32] | Sequence[bytes]]:
+def _cells(codec: Codec, contract: Contract, records: Sequence[Record]) -> dict[str, Sequence[Int32] | Sequence[bytes]]:
     """The columns that are checked cell by cell."""
-    codec = codec_for(contract)
     columns: dict[str, Sequence[Int32] | Sequence[bytes]] = {
         "prompt_ids": [record.prompt_ids_P for record in records],
         "response_ids": [record.response_ids_R for record in records],

@@ -14,17 +14,24 @@ import zstandard
 
 from shards import attention_planes, contract, schema, topk_planes
 from shards.codec import codec_for
-from shards.contract import AttentionSpec, Contract
+from shards.contract import AttentionSpec, Contract, Selection
 from shards.planes import unpack
+from shards.planes2 import levels
+from shards.planes2.tables import KINDS, MAX_BYTES, MAX_CLASSES, fingerprint
 from shards.record import AttentionSummary, Record
+from shards.validation import require_valid
+from tests.shards.whole import contract_of
 
 FORMAT = (Path(schema.__file__).parent / "FORMAT.md").read_text()
 
 
+EXAMPLES = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", FORMAT, re.DOTALL)]
+"""Of "topk-planes/1", and of "planes/2"."""
+
+
 @pytest.fixture(scope="module")
 def example() -> dict[str, Any]:
-    (block,) = re.findall(r"```json\n(.*?)```", FORMAT, re.DOTALL)
-    return dict(json.loads(block))
+    return dict(EXAMPLES[0])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,7 @@ def test_the_worked_signal_has_the_stated_bytes_and_values(
     example: dict[str, Any], worked: tuple[Contract, Record]
 ) -> None:
     given, record = worked
-    codec = codec_for(given)
+    codec = codec_for(given, None)
     (cell,) = codec.encode_signals([record])
     assert [stream.tobytes().hex(" ") for stream in unpack(cell, [8, 8, 8, 8])] == example["signal_streams"]
     decoded = codec.decode_signal(cell, positions=2, entries=8)
@@ -69,12 +76,60 @@ def test_the_worked_attention_has_the_stated_bytes_and_values(
     example: dict[str, Any], worked: tuple[Contract, Record]
 ) -> None:
     given, record = worked
-    codec = codec_for(given)
+    codec = codec_for(given, None)
     cell = codec.encode_attention(record)
     assert [stream.tobytes().hex(" ") for stream in unpack(cell, [4, 4, 12])] == example["attention_streams"]
     decoded = codec.decode_attention(cell, positions=2, prompt_length=5)
     assert decoded.positions_LNM.tolist() == example["keys"]
     np.testing.assert_array_equal(decoded.weights_LNM, np.array(example["decoded_weights"], np.float32))
+
+
+def test_the_worked_example_of_planes_2_has_the_stated_bytes_and_values() -> None:
+    example = EXAMPLES[1]
+    expanded = bytes.fromhex(example["tables_expanded"]) + bytes(256 * len(KINDS))
+    tables = zstandard.ZstdCompressor().compress(expanded)
+    selection = Selection(kind="hybrid", k=2, draws=3)
+    given = contract_of(selection, vocab_size=1000, curve=(0.5,), tables=fingerprint(tables))
+    record = Record(
+        sample_id="worked",
+        prompt_ids_P=np.zeros(1, np.int32),
+        response_ids_R=np.zeros(1, np.int32),
+        first_position=0,
+        ids_NK=np.array(example["ids"], np.int32),
+        logprobs_NK=np.log(np.array(example["probabilities"], np.float32)),
+        draws_NK=np.array(example["draws"], np.int32),
+        log_tail_N=np.log(np.array(example["tail"], np.float32)),
+        entropy_N=np.array(example["entropy"], np.float32),
+        curve_NJ=np.array(example["curve"], np.float32),
+    )
+    require_valid(record, given)
+    codec = codec_for(given, tables)
+    (cell,) = codec.encode_signals([record])
+    assert cell.hex(" ") == example["signal"]
+    decoded = codec.decode_signal(cell, positions=1, entries=4)
+    assert decoded.ids_NK.tolist() == example["ids"]
+    assert decoded.draws_NK is not None
+    assert decoded.draws_NK.tolist() == example["draws"]
+    for found, name in (
+        (decoded.logprobs_NK, "logprobs"),
+        (decoded.log_tail_N, "log_tail"),
+        (decoded.entropy_N, "entropy"),
+        (decoded.curve_NJ, "curve"),
+    ):
+        np.testing.assert_array_equal(found, np.array(example[f"decoded_{name}"], np.float32))
+
+
+def test_the_numbers_of_planes_2_are_those_of_the_code() -> None:
+    stated = re.search(r"Kinds, in order: (.*?)\n\n", FORMAT, re.DOTALL)
+    assert stated is not None
+    for kind in KINDS:
+        assert re.sub(r"\d$", "", kind).replace("ids-", "-").replace("drawn-", "-").replace("keys-", "-") in stated[1]
+    roots = [3 * 0.55 ** (18 - j) for j in range(18)] + [j - 15 for j in range(18, 208)] + list(range(194, 255, 2))
+    np.testing.assert_allclose(levels.level_roots(254), np.array(roots) / 254, rtol=1e-12)
+    assert f"({levels.LEAST_STEPS} to {levels.MOST_STEPS})" in FORMAT
+    assert f"of classes (1 to {MAX_CLASSES})" in FORMAT
+    assert "2^26" in FORMAT
+    assert MAX_BYTES == 1 << 26
 
 
 def test_the_table_of_columns_is_the_schema(contract: Contract) -> None:
@@ -83,7 +138,7 @@ def test_the_table_of_columns_is_the_schema(contract: Contract) -> None:
     kinds = {"string": "utf8", "float": "float32", "list<item: int32 not null>": "list"}
     actual = {
         field.name: re.sub(r"\[.*", "", kinds.get(str(field.type), str(field.type)))
-        for field in schema.schema_for(contract)
+        for field in schema.schema_for(dataclasses.replace(contract, tables="0"))
     }
     assert stated == actual | {"checks": "fixed_size_binary"}
     assert list(stated) == list(actual)

@@ -47,7 +47,7 @@ class Shard:
         file = pa.ipc.open_file(pa.py_buffer(data))
         self.contract = json.loads(file.schema.metadata[b"contract"])
         assert self.contract["format_version"] in (1, 2)
-        assert self.contract["codec"] == "topk-planes/1"
+        assert self.contract["codec"] in ("topk-planes/1", "planes/2")
         assert file.schema.metadata[b"bytes"] == b"%020d" % len(data)
         assert file.num_record_batches == 1
         self.batch = file.get_batch(0)
@@ -66,7 +66,7 @@ class Shard:
         rows = self.batch.num_rows
         for field, column in zip(self.batch.schema, self.batch.columns, strict=True):
             buffers = [None if buffer is None else buffer.to_pybytes() for buffer in column.buffers()]
-            if field.name.endswith("_ids") or field.name in ("signal", "attention", "sample_id"):
+            if field.name.endswith("_ids") or field.name in ("signal", "attention", "tables", "sample_id"):
                 yield buffers[1][: 4 * (rows + 1)]
                 if field.name == "sample_id":
                     yield buffers[2][: sum(len(name.as_py().encode()) for name in column)]
@@ -166,6 +166,300 @@ def decode_attention(cell: bytes, contract: dict[str, Any], positions: int, prom
     }
 
 
+class Planes2:
+    """Sections 8 to 11, number by number."""
+
+    def __init__(self, contract: dict[str, Any], tables: bytes) -> None:
+        assert hashlib.sha256(tables).hexdigest() == contract["tables"]
+        self.contract, self.selection, self.vocab = contract, contract["selection"], contract["vocab_size"]
+        content = Cursor(zstandard.ZstdDecompressor().decompress(tables))
+        steps, classes = content.varint(), content.varint()
+        width = planes(self.vocab - 1)
+        lists = []
+        for _ in range(1 + classes):
+            count = content.varint()
+            parts = [np.frombuffer(content.take(count), np.uint8).astype(np.int64) for _ in range(width)]
+            lists.append(number(parts).tolist())
+        common, leading = lists[0], lists[1:]
+        self.orders = []
+        for lead in leading:
+            front = [*lead, *(id_ for id_ in common if id_ not in set(lead))]
+            self.orders.append([*front, *(id_ for id_ in range(self.vocab) if id_ not in set(front))])
+        sets = [f"{name}-{part}{n}" for name in ("ids", "drawn", "keys") for part in ("map", "gaps") for n in range(4)]
+        stated = """sizes classes least levels0 levels1 levels2 levels3 levels4 levels5 tail entropy SETS counts
+            log-probs values0 values1 slopes0 slopes1 key-counts key-orders key-shares shares0 shares1 shares2 masses
+            row-entropies"""
+        kinds = stated.replace("SETS", " ".join(sets)).split()
+        self.words = {kind: words_of(content.take(256)) for kind in kinds}
+        assert content.at == len(content.data)
+        end, roots = min(192, steps), [3 * 0.55 ** (18 - j) for j in range(18)]
+        roots += list(range(3, end + 1))
+        while steps > 192 and roots[-1] < steps:
+            roots.append(roots[-1] + 2)
+        self.roots = np.array(roots) / steps
+
+    def stream(self, cell: Cursor, kind: str, count: int) -> list[int]:
+        symbols: list[int] = []
+        while len(symbols) < count:
+            piece = min(65_536, count - len(symbols))
+            size = cell.varint()
+            if size == 0:
+                symbols += cell.take(piece)
+                continue
+            counts, sizes = [piece], [size]
+            if piece > 1_023:
+                quarter = -(-piece // 4)
+                counts, sizes = [quarter] * 3 + [piece - 3 * quarter], [size, *(cell.varint() for _ in range(3))]
+            for n, size in zip(counts, sizes, strict=True):
+                symbols += coded(cell.take(size), n, self.words[kind])
+        short = iter(cell.take(sum(192 <= symbol < 255 for symbol in symbols)))
+        wide = Cursor(cell.take(3 * symbols.count(255)))
+        return [
+            symbol
+            if symbol < 192
+            else int.from_bytes(wide.take(3), "little")
+            if symbol == 255
+            else 192 + 256 * (symbol - 192) + next(short)
+            for symbol in symbols
+        ]
+
+    def sets(self, cell: Cursor, prefix: str, sizes: list[int]) -> list[list[int]]:
+        maps = [self.stream(cell, f"{prefix}-map{m}", len(sizes)) for m in range(4)]
+        found = [[7 * m + i for m in range(4) for i in range(7) if maps[m][n] >> i & 1] for n in range(len(sizes))]
+        starts = [len(ranks) for ranks in found]
+        for group, (first, end) in enumerate(((0, 16), (16, 32), (32, 48), (48, 1 << 30))):
+            places = [range(max(first, start), min(end, size)) for start, size in zip(starts, sizes, strict=True)]
+            gaps = iter(self.stream(cell, f"{prefix}-gaps{group}", sum(map(len, places))))
+            for ranks, wanted in zip(found, places, strict=True):
+                for _ in wanted:
+                    ranks.append(max([27, *ranks]) + 1 + next(gaps))
+        return found
+
+    def signal(self, data: bytes, positions: int) -> dict[str, np.ndarray]:
+        cell, kind, k = Cursor(data), self.selection["kind"], self.selection["k"]
+        classes = self.stream(cell, "classes", positions)
+        head: list[list[tuple[int, int]]] = [[] for _ in range(positions)]
+        if kind != "sample":
+            sizes = [k] * positions
+            if kind == "adaptive":
+                sizes = [size + 1 for size in self.stream(cell, "sizes", positions)]
+            head = self.head(cell, classes, sizes)
+        drawn: list[list[tuple[int, int, int | None]]] = [[] for _ in range(positions)]
+        if self.selection["draws"]:
+            drawn = self.draws(cell, classes, positions)
+        log_head, log_tail = np.full(positions, -np.inf), np.zeros(positions)
+        if kind != "sample":
+            log_head, log_tail = self.masses(self.stream(cell, "tail", positions), head)
+        known = self.selection["tail_known"]
+        entropy = np.full(positions, np.nan)
+        if known:
+            numbers = self.stream(cell, "entropy", positions)
+            guesses = [self.guess(*row) for row in zip(head, drawn, log_head, log_tail, strict=True)]
+            entropy = np.array([unfold(e) / 256 + guess for e, guess in zip(numbers, guesses, strict=True)])
+        arrays = self.entries(head, drawn, log_head)
+        arrays["log_tail_N"] = (log_tail if known else entropy).astype(np.float32)
+        arrays["entropy_N"] = entropy.astype(np.float32)
+        if self.contract["curve"]:
+            arrays["curve_NJ"] = self.curve(cell, log_tail).astype(np.float32)
+        assert cell.at == len(data)
+        return arrays
+
+    def head(self, cell: Cursor, classes: list[int], sizes: list[int]) -> list[list[tuple[int, int]]]:
+        """(id, level) of each position, by rank."""
+        least = self.stream(cell, "least", len(sizes))
+        sets = self.sets(cell, "ids", sizes)
+        levels = [[low] * size for low, size in zip(least, sizes, strict=True)]
+        for group, (low, high) in enumerate(((0, 18), (18, 23), (23, 256))):
+            rows = [row for row, value in enumerate(least) if low <= value < high]
+            for part, (first, end) in enumerate(((0, 16), (16, 1 << 30))):
+                places = [(row, place) for row in rows for place in range(first, min(end, sizes[row]))]
+                above = self.stream(cell, f"levels{2 * group + part}", len(places))
+                for (row, place), value in zip(places, above, strict=True):
+                    levels[row][place] += value
+        return [
+            [(self.orders[c][rank], level) for rank, level in zip(ranks, row, strict=True)]
+            for c, ranks, row in zip(classes, sets, levels, strict=True)
+        ]
+
+    def draws(self, cell: Cursor, classes: list[int], positions: int) -> list[list[tuple[int, int, int | None]]]:
+        """(id, count, code of the log-probability) of each position, by rank."""
+        sizes = self.stream(cell, "sizes", positions)
+        sets = self.sets(cell, "drawn", sizes)
+        others = iter(self.stream(cell, "counts", sum(max(0, size - 1) for size in sizes)))
+        counts = []
+        for size in sizes:
+            rest = [next(others) + 1 for _ in range(size - 1)]
+            counts.append([self.selection["draws"] - sum(rest), *rest] if size else [])
+        logprobs = self.selection["logprobs"]
+        codes = iter(self.stream(cell, "log-probs", sum(sizes)) if logprobs else [])
+        return [
+            [
+                (self.orders[c][rank], count, next(codes) if logprobs else None)
+                for rank, count in zip(ranks, row, strict=True)
+            ]
+            for c, ranks, row in zip(classes, sets, counts, strict=True)
+        ]
+
+    def masses(self, tail: list[int], head: list[list[tuple[int, int]]]) -> tuple[np.ndarray, np.ndarray]:
+        logs = []
+        for t, entries in zip(tail, head, strict=True):
+            squares = self.roots[[level for _, level in entries]] ** 2
+            guess = np.log(squares.min() * len(entries) / squares.sum()) + 1 / 3
+            x = unfold(t - 1) / 64 + guess if t else -np.inf
+            logs.append((-np.logaddexp(0, x), -np.logaddexp(0, -x)))
+        return tuple(np.array(column) for column in zip(*logs, strict=True))  # type: ignore[return-value]
+
+    def guess(self, entries: list, drawn: list, log_head: float, log_tail: float) -> float:
+        if not entries:
+            shares = np.array([count for _, count, _ in drawn]) / self.selection["draws"]
+            return float(-1.4 * (shares * np.log(shares)).sum())
+        logprobs = self.logprobs(entries, log_head)
+        tail = np.exp(log_tail)
+        rest = tail * (np.log(self.vocab) - 1 - log_tail) if tail else 0.0
+        return float(rest - (np.exp(logprobs) * logprobs).sum())
+
+    def logprobs(self, entries: list[tuple[int, int]], log_head: float) -> np.ndarray:
+        roots = self.roots[[level for _, level in entries]]
+        return 2 * np.log(roots) + log_head - np.log((roots**2).sum())
+
+    def entries(self, head: list, drawn: list, log_head: np.ndarray) -> dict[str, np.ndarray]:
+        rows = []
+        for entries, draws, log_mass in zip(head, drawn, log_head, strict=True):
+            entries = sorted(entries, key=lambda entry: (-entry[1], entry[0]))
+            by_count = not self.selection["logprobs"]
+            draws = sorted(draws, key=lambda draw: (-draw[1] if by_count else draw[2], draw[0]))
+            logprobs = self.logprobs(entries, log_mass).tolist() if entries else []
+            logprobs += [0.0 if by_count else -code / 16 for _, _, code in draws]
+            counts = [0] * len(entries) + [count for _, count, _ in draws]
+            rows.append(([id_ for id_, *_ in (*entries, *draws)], logprobs, counts))
+        heads, tails = max(map(len, head)), max(map(len, drawn))
+
+        def padded(part: int, fill: float, dtype: type) -> np.ndarray:
+            cut = [
+                (row[part][: len(entries)], row[part][len(entries) :]) for row, entries in zip(rows, head, strict=True)
+            ]
+            full = [[*a, *[fill] * (heads - len(a)), *b, *[fill] * (tails - len(b))] for a, b in cut]
+            return np.array(full).astype(dtype)
+
+        arrays = {"ids_NK": padded(0, -1, np.int32)}
+        if self.selection["logprobs"]:
+            arrays["logprobs_NK"] = padded(1, -np.inf, np.float32)
+        if self.selection["draws"]:
+            arrays["draws_NK"] = padded(2, 0, np.int32)
+        return arrays
+
+    def curve(self, cell: Cursor, log_tail: np.ndarray) -> np.ndarray:
+        nodes, there = len(self.contract["curve"]), np.flatnonzero(~np.isneginf(log_tail))
+        found = np.zeros((len(log_tail), 2 * nodes))
+        found[:, :nodes] = -np.inf
+        before = log_tail[there]
+        for node in range(nodes):
+            numbers = self.stream(cell, f"values{min(node, 1)}", len(there))
+            before = before + np.array([n if node else unfold(n) for n in numbers]) / 1024
+            found[there, node] = before
+        before = np.zeros(len(there))
+        for node in range(nodes):
+            before = before - np.array(self.stream(cell, f"slopes{min(node, 1)}", len(there))) / 256
+            found[there, nodes + node] = before
+        return found
+
+    def attention(self, data: bytes, positions: int, prompt: int) -> dict[str, np.ndarray]:
+        cell, spec = Cursor(data), self.contract["attention"]
+        layers, top_m = len(spec["layers"]), spec["top_m"]
+        sight = [*(range(1, prompt - 1) if spec["rows"] == "all" else ()), *[prompt - 1] * positions]
+        counts = self.stream(cell, "key-counts", layers)
+        keys = iter(self.stream(cell, "key-orders", sum(counts)))
+        listed = [[next(keys) + 1 for _ in range(count)] for count in counts]
+        shares = iter(self.stream(cell, "key-shares", sum(counts)))
+        usual = [{key: next(shares) for key in order} for order in listed]
+        orders = [[*order, *(key for key in range(1, prompt) if key not in order)] for order in listed]
+        sizes = [min(top_m, seen) for seen in sight] * layers
+        sets = self.sets(cell, "keys", sizes)
+        rows = [
+            [
+                (orders[n // len(sight)][rank], usual[n // len(sight)].get(orders[n // len(sight)][rank], 1))
+                for rank in ranks
+            ]
+            for n, ranks in enumerate(sets)
+        ]
+        differences: dict[tuple[int, int], int] = {}
+        for group, (low, high) in enumerate(((0, 2), (2, 4), (4, 17))):
+            places = [(n, i) for n, row in enumerate(rows) for i, (_, code) in enumerate(row) if low <= code < high]
+            numbers = self.stream(cell, f"shares{group}", len(places))
+            differences |= {place: unfold(x) for place, x in zip(places, numbers, strict=True)}
+        masses = self.stream(cell, "masses", 2 * layers * len(sight))
+        entropies = self.stream(cell, "row-entropies", layers * len(sight))
+        assert cell.at == len(data)
+
+        def summed(folded: list[int], scale: int) -> np.ndarray:
+            steps = np.array([unfold(x) for x in folded]).reshape(-1, layers, len(sight))
+            return np.cumsum(steps, axis=-1) / scale
+
+        (sink, mass), (entropy,) = summed(masses, 128), summed(entropies, 8)
+        shape = (layers, len(sight), top_m)
+        positions_LNM, weights_LNM = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+        for n, row in enumerate(rows):
+            at = divmod(n, len(sight))
+            codes = sorted((-code - differences[n, i], key) for i, (key, code) in enumerate(row))
+            parts = np.array([(code / 16) ** 2 for code, _ in codes])
+            whole = len(row) == sight[at[1]]
+            divisor = (parts.sum() or 1.0) if whole else max(1.0, parts.sum())
+            positions_LNM[at][: len(row)] = [key for _, key in codes]
+            weights_LNM[at][: len(row)] = parts / divisor * mass[at]
+        names = {"sink_LN": sink, "prompt_LN": mass, "entropy_LN": entropy}
+        return {
+            "positions_LNM": positions_LNM,
+            "weights_LNM": weights_LNM,
+            **{name: array.astype(np.float32) for name, array in names.items()},
+        }
+
+
+class Cursor:
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = bytes(data), 0
+
+    def take(self, count: int) -> bytes:
+        self.at += count
+        assert self.at <= len(self.data)
+        return self.data[self.at - count : self.at]
+
+    def varint(self) -> int:
+        value, shift = 0, 0
+        while True:
+            byte = self.take(1)[0]
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+
+def unfold(x: int) -> int:
+    return -(x + 1) // 2 if x % 2 else x // 2
+
+
+def words_of(lengths: bytes) -> dict[tuple[int, int], int]:
+    """(length, word) -> symbol."""
+    words, word, length = {}, 0, 11
+    for symbol in sorted((s for s in range(256) if lengths[s]), key=lambda s: (-lengths[s], s)):
+        word >>= length - lengths[symbol]
+        length = lengths[symbol]
+        words[length, word] = symbol
+        word += 1
+    return words
+
+
+def coded(data: bytes, count: int, words: dict[tuple[int, int], int]) -> list[int]:
+    bits = "".join(f"{byte:08b}" for byte in reversed(data))
+    at, symbols = bits.index("1") + 1, []
+    assert at <= 8
+    for _ in range(count):
+        length = next(length for length in range(1, 12) if (length, int(bits[at : at + length], 2)) in words)
+        symbols.append(words[length, int(bits[at : at + length], 2)])
+        at += length
+    assert at == len(bits)
+    return symbols
+
+
 def second_reading(folder: Path) -> dict[str, np.ndarray]:
     """Every array of a set, by "shard/row/field"."""
     manifest = read_json(folder / "manifest.json")
@@ -178,18 +472,32 @@ def second_reading(folder: Path) -> dict[str, np.ndarray]:
         assert hashlib.sha256(data).hexdigest() == info["sha256"]
         shard = Shard(data)
         assert shard.contract == manifest["contract"]
+        reader = payload_readers(shard)
         for row, number_of_positions in enumerate(shard.batch.column("positions").to_pylist()):
             prompt = np.frombuffer(shard.cell("prompt_ids", row), np.int32)
             arrays = {
                 "prompt_ids_P": prompt,
                 "response_ids_R": np.frombuffer(shard.cell("response_ids", row), np.int32),
-                **decode_signal(shard.cell("signal", row), shard.contract, number_of_positions),
+                **reader[0](shard.cell("signal", row), number_of_positions),
             }
             if shard.contract["attention"] is not None:
-                cell = shard.cell("attention", row)
-                arrays |= decode_attention(cell, shard.contract, number_of_positions, len(prompt))
+                arrays |= reader[1](shard.cell("attention", row), number_of_positions, len(prompt))
             found |= {f"{info['name']}/{row}/{name}": array for name, array in arrays.items()}
     return found
+
+
+def payload_readers(shard: Shard) -> tuple[Any, Any]:
+    """What decodes a signal and an attention cell, by the codec's name."""
+    contract = shard.contract
+    if contract["codec"] == "planes/2":
+        tables, *others = shard.batch.column("tables").to_pylist()
+        assert not any(others)
+        codec = Planes2(contract, tables)
+        return codec.signal, codec.attention
+    return (
+        lambda cell, positions: decode_signal(cell, contract, positions),
+        lambda cell, positions, prompt: decode_attention(cell, contract, positions, prompt),
+    )
 
 
 def first_reading(folder: Path) -> dict[str, np.ndarray]:
