@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shards.errors import Corrupt
+from shards import framing
+from shards.errors import Corrupt, ShardError
 from shards.schema import LENGTHS, STATISTICS, numbers_of
 from shards.shard import ShardReader
 from shards.storage import Storage
@@ -75,11 +76,17 @@ class Columns:
         where = storage.where(info.name)
         require_same_bytes(path, info.sha256, where)
         try:
-            file = pa.ipc.open_file(pa.memory_map(str(path)))
+            mapped = pa.memory_map(str(path)).read_buffer()
+            framing.refuse_compression(framing.split_frame(np.frombuffer(mapped, np.uint8)))
+            file = pa.ipc.open_file(mapped)
+            if file.num_record_batches != 1 or not file.schema.equals(SCHEMA):
+                raise ValueError("other columns")
             batch = file.get_batch(0)
-        except (pa.ArrowException, OSError) as error:
+            batch.validate(full=True)
+        except (ShardError, pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
             raise Corrupt(f"{where}: its Arrow structure is damaged ({error})", hint=_REMAKE) from error
-        if not batch.schema.equals(SCHEMA) or file.num_record_batches != 1 or batch.num_rows != records:
+        whole = not any(column.null_count or column.offset for column in batch.columns)
+        if not whole or batch.num_rows != records or min(_least(batch, name) for name in LENGTHS) < 0:
             raise Corrupt(f"{where} does not hold the columns of {records} records", hint=_REMAKE)
         return cls(batch)
 
@@ -96,6 +103,10 @@ class Columns:
 
     def sample_ids(self, rows: slice) -> pa.Array:
         return self._batch.column("sample_id")[rows]
+
+
+def _least(batch: pa.RecordBatch, name: str) -> int:
+    return int(numbers_of(batch.column(name)).min(initial=0))
 
 
 def require_same_bytes(path: Path, sha256: str, where: str) -> None:

@@ -160,7 +160,7 @@ def _from_document(document: Mapping[str, Any], contract: Contract, *, where: st
         columns = pa.RecordBatch.from_pydict(document["columns"], schema=SCHEMA)
         if info.name != name or columns.num_rows != info.records:
             raise ValueError("it describes another shard")
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, pa.ArrowException) as error:
         raise Corrupt(f"{where} does not describe a shard: {error}", hint=RESTORE_FILE) from error
     contract.require_equal(theirs, where=where)
     return Published(info=info, columns=columns)
