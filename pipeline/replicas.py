@@ -22,7 +22,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from pipeline.errors import PipelineError
 from pipeline.launch import Machine, count_replicas
 from shards.errors import ShardError
-from shards.record import Record
+from shards.record import Float32, Record
 from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Note
@@ -66,6 +66,9 @@ class _Host:
 
     def run(self, samples: Sequence[Sample]) -> Iterator[Record | Note]:
         yield from self._replica.run(samples)
+
+    def full(self, samples: Sequence[Sample]) -> Iterator[Float32]:
+        yield from self._replica.full(samples)
 
 
 class RayReplica:
@@ -112,9 +115,15 @@ class RayReplica:
     def run(self, samples: Sequence[Sample]) -> Iterator[Record | Note]:
         while self._notes:
             yield self._notes.pop(0)
+        yield from self._streamed(self._living().run.remote(samples))
+
+    def full(self, samples: Sequence[Sample]) -> Iterator[Float32]:
+        yield from self._streamed(self._living().full.remote(samples))
+
+    def _streamed(self, references: Any) -> Iterator[Any]:
         try:
-            for said in self._living().run.remote(samples):
-                yield ray.get(said)
+            for reference in references:
+                yield ray.get(reference)
         except RayError as error:
             raise self._explained(error) from error
 

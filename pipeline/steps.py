@@ -52,6 +52,7 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Mappin
     """Stage one: run the teacher over data/processed into the run's shards; what is there already is kept."""
     from pipeline.replicas import replicas
     from stages.teacher_cache.cache import fill_cache
+    from stages.teacher_cache.measure import read_fidelity
     from stages.teacher_cache.teacher import tensor_parallel_sizes
 
     with run.lock("teacher-cache"), listening(run.events) as emit:
@@ -73,7 +74,8 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Mappin
         captured = manifest.totals()["positions"] - before
         if captured or "teacher_cache" not in run.summary():
             seconds = round(time.monotonic() - start, 1)
-            run.report("teacher_cache", {**manifest.totals(), "captured": captured, "seconds": seconds})
+            facts = {**manifest.totals(), "captured": captured, "seconds": seconds}
+            run.report("teacher_cache", {**facts, "fidelity": read_fidelity(run.shards)})
         return dict(run.summary()["teacher_cache"])
 
 

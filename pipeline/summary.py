@@ -33,8 +33,23 @@ def cache_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
         f"{facts['bytes'] / 1e6:.1f} MB: {facts['bytes'] / facts['positions']:.1f} bytes a position in all",
         f"stage one  {facts['captured']:,} positions in {facts['seconds']:.0f} s: "
         f"{facts['captured'] / facts['seconds']:,.0f} response tokens/s, loading the teacher included",
+        *_fidelity_lines(facts.get("fidelity") or {}),
         f"           {run.shards}",
     ]
+
+
+def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
+    """The cache beside the teacher; what was measured depends on what is kept."""
+    if not fidelity:
+        return []
+    named = {"KL(full || decoded), the rest as one, mean": "KL", "mass of the kept ids, mean": "mass kept"}
+    parts = [f"{short} {fidelity[name]:.3g}" for name, short in named.items() if name in fidelity]
+    parts += [
+        f"{name.removesuffix(', mean').removeprefix('error of ')} off by {value:.2g}"
+        for name, value in fidelity.items()
+        if name.startswith("error of log Z") and name.endswith("mean")
+    ]
+    return [f"fidelity   against the teacher at {fidelity['positions']:.0f} positions: {', '.join(parts)}"]
 
 
 def distill_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:

@@ -21,6 +21,7 @@ from stages.teacher_cache.engines.protocol import CaptureSpec, EngineFactory
 from stages.teacher_cache.engines.vllm.adapter import VllmEngine
 from stages.teacher_cache.engines.vllm.prompt_logprobs import PromptLogprobsEngine
 from stages.teacher_cache.job import Job
+from stages.teacher_cache.measure import publish_fidelity
 from stages.teacher_cache.plan import plan_units
 from stages.teacher_cache.preflight import require_fits
 from stages.teacher_cache.replica import EngineFacts, EngineOrder, Spread, in_process
@@ -62,6 +63,7 @@ def fill_cache(
             return read_manifest(folder)
         job = Job(corpus=corpus, folder=folder, contract=contract, replicas=replicas, emit=emit)
         shards = job.run(plan_units({"train": len(corpus.train), "dev": len(corpus.dev)}, cache.records_per_shard))
+        publish_fidelity(folder, contract, shards, replicas, emit)
     with _alone(folder):
         publish_teacher(teacher_folder, folder, pca_width=cache.pca_width, thinking=corpus.thinking)
         return seal(folder, contract, shards)

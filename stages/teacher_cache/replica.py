@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from shards.record import AttentionSummary, Record
+from shards.record import AttentionSummary, Float32, Record
 from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Note
@@ -67,6 +67,9 @@ class Replica(Protocol):
         Raises ReplicaDied, or StageError where the teacher cannot be captured faithfully, whoever tries.
         """
 
+    def full(self, samples: Sequence[Sample]) -> Iterator[Float32]:
+        """The teacher's log-probabilities [N, V] of each sample; see TeacherEngine. Raises ReplicaDied."""
+
     def close(self) -> None:
         """Stop what it runs, and give its memory back. From another thread, it makes a `run` in progress fail."""
 
@@ -111,6 +114,10 @@ class InProcess:
                 assert done == len(samples), "an engine answers for every sample"
             except Exception as error:
                 self._shrink(error)
+
+    def full(self, samples: Sequence[Sample]) -> Iterator[Float32]:
+        for logprobs_NV in self._engine.full(samples):
+            yield logprobs_NV.numpy()
 
     def close(self) -> None:
         self._engine.close()

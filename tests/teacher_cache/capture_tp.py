@@ -1,4 +1,4 @@
-"""A program: capture with two tensor-parallel ranks of vLLM, and write each signal as a safetensors file.
+"""A program: capture with two tensor-parallel ranks of vLLM, and write each signal, and one full distribution.
 
 capture_tp.py TEACHER OUT SPEC < SAMPLES        both JSON; a sample is [id, prompt ids, response ids]
 """
@@ -34,6 +34,8 @@ def main(teacher: Path, out: Path, spec: CaptureSpec) -> None:
             attention = tensors.pop("attention")
             tensors |= {f"_{field.name}": getattr(attention, field.name) for field in dataclasses.fields(attention)}
             save_file(tensors, out / f"{index}.safetensors")
+        (full,) = engine.full(samples[:1])
+        save_file({"logprobs": full}, out / "full.safetensors")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,10 @@ class RecordedEngine:
             self.captured.append(sample.sample_id)
             yield recorded_signal(sample, self._spec)
 
+    def full(self, samples: Sequence[Sample]) -> Iterator[torch.Tensor]:
+        for sample in samples:
+            yield recorded_logprobs(sample, torch.Generator().manual_seed(int(sample.sample_id, 16))).float()
+
     def close(self) -> None:
         self.closed = True
 
@@ -84,11 +88,16 @@ class Killer:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def recorded_logprobs(sample: Sample, generator: torch.Generator) -> torch.Tensor:
+    """float64 [N, V]."""
+    rows = len(sample.response_ids)
+    return (3 * torch.randn(rows, VOCABULARY, generator=generator)).double().log_softmax(dim=-1)
+
+
 def recorded_signal(sample: Sample, spec: CaptureSpec) -> TeacherSignal:
     """A valid signal drawn from the sample's id."""
     generator = torch.Generator().manual_seed(int(sample.sample_id, 16))
-    rows, prompt = len(sample.response_ids), len(sample.prompt_ids)
-    logprobs = (3 * torch.randn(rows, VOCABULARY, generator=generator)).double().log_softmax(dim=-1)
+    logprobs = recorded_logprobs(sample, generator)
     kept, ids = logprobs.topk(spec.selection.k, dim=-1)
     tail = logprobs.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
     return TeacherSignal(
@@ -98,7 +107,7 @@ def recorded_signal(sample: Sample, spec: CaptureSpec) -> TeacherSignal:
         log_tail_N=tail.float(),
         entropy_N=-(logprobs.exp() * logprobs).sum(dim=-1).float(),
         curve_NJ=None,
-        attention=_recorded_attention(rows, prompt, spec, generator),
+        attention=_recorded_attention(len(sample.response_ids), len(sample.prompt_ids), spec, generator),
     )
 
 

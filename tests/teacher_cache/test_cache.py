@@ -26,6 +26,7 @@ from stages.errors import StageError
 from stages.events import Event, Progress
 from stages.teacher_cache import cache as cache_module
 from stages.teacher_cache import job as job_module
+from stages.teacher_cache.measure import read_fidelity
 from stages.teacher_cache.plan import plan_units
 from stages.teacher_cache.settings import CacheSettings
 
@@ -84,6 +85,7 @@ def test_the_teacher_travels_with_the_shards(undisturbed: dict[str, bytes], teac
         "chat.json",
         "teacher.json",
         "head_pca.safetensors",
+        "fidelity.json",
     }
 
 
@@ -252,6 +254,27 @@ def test_W6_another_teacher_is_refused(tmp_path: Path, recorded: ModuleType, tea
     save_file({"lm_head.weight": torch.ones(300, 16)}, other / "model.safetensors")
     with pytest.raises(ContractMismatch, match="teacher_fingerprint"):
         recorded.fill(shards, other)
+
+
+def test_fidelity_is_measured_once_on_published_validation_records(
+    tmp_path: Path, recorded: ModuleType, teacher: Path
+) -> None:
+    recorded.fill(tmp_path, teacher)
+    report = read_fidelity(tmp_path)
+    corpus = recorded.make_corpus(teacher)
+    assert report["positions"] == sum(len(sample.response_ids) for sample in [*corpus.dev, *corpus.train]), (
+        "all, if few"
+    )
+    assert 0 < report["KL(full || decoded), the rest as one, mean"] < 1e-2, "what the codec loses"
+    assert read_fidelity(tmp_path / "elsewhere") == {}
+
+
+def test_a_set_whose_engine_tells_no_distributions_is_sealed_without_a_measure(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded.RecordedEngine, "full", lambda self, samples: iter(()))
+    manifest = recorded.fill(tmp_path, teacher)
+    assert "fidelity.json" not in manifest.teacher_files
 
 
 def test_units_of_another_size_are_refused(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:

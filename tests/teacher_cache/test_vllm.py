@@ -102,6 +102,13 @@ def test_the_same_call_gives_the_same_bits(
             assert torch.equal(getattr(first, name), getattr(second, name))
 
 
+def test_full_distributions_are_those_of_transformers_whole_or_in_chunks(
+    engine: VllmEngine, samples: list[Sample], smollm2: Path, spec: CaptureSpec
+) -> None:
+    for ours, theirs in zip(engine.full(samples), TransformersEngine(smollm2, spec).full(samples), strict=True):
+        assert largest_difference(ours, theirs) < 5e-4
+
+
 def test_a_capture_given_up_leaves_nothing_behind(
     engine: VllmEngine, samples: list[Sample], signals: list[TeacherSignal]
 ) -> None:
@@ -147,7 +154,8 @@ def fake_head(
 
     processor = SimpleNamespace(soft_cap=None, scale=scale, head_dtype=head_dtype)
     processor_class = type("Processor", (), {"__call__": staticmethod(multiply), **vars(processor)})
-    return SimpleNamespace(weight=weight, shard_indices=shard), processor_class()
+    sizes = {"org_vocab_size": weight.shape[0] - padding, "num_embeddings_per_partition": weight.shape[0]}
+    return SimpleNamespace(weight=weight, shard_indices=shard, **sizes), processor_class()
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
@@ -371,6 +379,9 @@ def test_two_tensor_parallel_ranks_agree_with_transformers(tmp_path: Path, tiny_
     ours = [_loaded(tmp_path / f"{index}.safetensors") for index in range(len(tp_samples()))]
     theirs = list(TransformersEngine(tiny_qwen3, TP_SPEC).capture(tp_samples()))
     require_equal_signals(ours, theirs, logprobs=2e-4)
+    full = load_file(tmp_path / "full.safetensors")["logprobs"]
+    (truth,) = TransformersEngine(tiny_qwen3, TP_SPEC).full(tp_samples()[:1])
+    assert largest_difference(full, truth) < 2e-4
     for mine, other in zip(ours, theirs, strict=True):
         same = same_ids(mine, other)
         assert torch.equal(mine.draws_NK[same], other.draws_NK[same])

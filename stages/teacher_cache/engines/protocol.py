@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from shards.contract import AttentionSpec, Selection
 from stages.corpus.sample import Sample
 from stages.teacher_cache.settings import TeacherSettings
@@ -70,6 +72,9 @@ class TeacherEngine(Protocol):
         is asked for, its rows are the teacher's from row 1 on: row 0 sees nothing but itself. Raises StageError where
         the teacher cannot be captured faithfully.
         """
+
+    def full(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
+        """fp32 log-probabilities [N, V] of each sample, to measure by. Nothing where the engine cannot tell them."""
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""

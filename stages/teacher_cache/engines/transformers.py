@@ -45,6 +45,14 @@ class TransformersEngine:
         for sample in samples:
             yield self._signal(sample)
 
+    @torch.inference_mode()
+    def full(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
+        self.start()
+        for sample in samples:
+            tokens = torch.tensor([*sample.prompt_ids.tolist(), *sample.response_ids.tolist()])
+            rows = slice(len(sample.prompt_ids) - 1, len(tokens) - 1)
+            yield self._model(tokens[None]).logits[0, rows].double().log_softmax(dim=-1).float()
+
     def close(self) -> None:
         self._model = None
 

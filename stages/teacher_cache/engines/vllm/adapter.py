@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from stages.corpus.sample import Sample
 from stages.teacher_cache.draws import draw_key
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.vllm.plugin import capturing
 from stages.teacher_cache.engines.vllm.process import InProcessVllm
-from stages.teacher_cache.engines.vllm.wire import DRAW_KEY, PROMPT_LENGTH, SPEC, TASK, RowLayout
+from stages.teacher_cache.engines.vllm.wire import DRAW_KEY, FULL, PROMPT_LENGTH, SPEC, TASK, RowLayout, as_float
 from stages.teacher_cache.settings import TeacherSettings
 from stages.teacher_cache.signals import TeacherSignal
 from stages.teacher_cache.teacher import read_facts
@@ -29,25 +31,27 @@ class VllmEngine(InProcessVllm):
         return f"{self._body_dtype}+{self._teacher.head_dtype}"
 
     def capture(self, samples: Sequence[Sample]) -> Iterator[TeacherSignal]:
-        """See TeacherEngine. The last response token is not fed: its row would predict what comes after it."""
+        layout = RowLayout(self._spec)
+        for sample, answer in zip(samples, self._asked(samples), strict=True):
+            yield layout.unpack(answer, len(sample.response_ids))
+
+    def full(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
+        for sample, answer in zip(samples, self._asked(samples, **{FULL: True}), strict=True):
+            yield as_float(answer).view(len(sample.response_ids), -1)
+
+    def _asked(self, samples: Sequence[Sample], **more: bool) -> Iterator[Tensor]:
+        """The last response token is not fed: its row would predict what comes after it."""
         self._require_fits(samples)
         self.start()
         from vllm import PoolingParams
 
-        layout = RowLayout(self._spec)
         prompts = [[*sample.prompt_ids.tolist(), *sample.response_ids[:-1].tolist()] for sample in samples]
-        params = [
-            PoolingParams(
-                task=TASK,
-                extra_kwargs={
-                    PROMPT_LENGTH: len(sample.prompt_ids),
-                    DRAW_KEY: draw_key(self._spec.seed, sample.sample_id),
-                },
-            )
-            for sample in samples
-        ]
-        for sample, output in zip(samples, self._answers(prompts, params), strict=True):
-            yield layout.unpack(output.outputs.data, len(sample.response_ids))
+        params = []
+        for sample in samples:
+            key = draw_key(self._spec.seed, sample.sample_id)
+            said = {PROMPT_LENGTH: len(sample.prompt_ids), DRAW_KEY: key, **more}
+            params.append(PoolingParams(task=TASK, extra_kwargs=said))
+        return (output.outputs.data for output in self._answers(prompts, params))
 
     def _options(self) -> dict[str, Any]:
         architecture = capturing(read_facts(self._folder).architecture)

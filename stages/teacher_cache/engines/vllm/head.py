@@ -48,6 +48,7 @@ class ResponseHead:
                 f"cache.k = {self._selection.k}, but one tensor-parallel rank holds {self.width} ids",
                 hint="lower cache.k or teacher.tensor_parallel",
             )
+        self._vocab_size, self._padded_width = lm_head.org_vocab_size, lm_head.num_embeddings_per_partition
         self._lm_head, self._logits_processor = lm_head, logits_processor
         self._weight_fp32: Tensor | None = None
 
@@ -57,6 +58,14 @@ class ResponseHead:
         for start in range(0, hidden_ND.shape[0], step):
             block = slice(start, start + step)
             self._reduce(self.logits(hidden_ND[block]), keys_N[block], rows_NW[block])
+
+    def logprobs(self, hidden_ND: Tensor) -> Tensor:
+        """All log-probabilities [N, V], on every rank."""
+        own_NV = self.logits(hidden_ND)
+        # A rank whose shard is padded has fewer: all must send as many.
+        own_NV = pad(own_NV, (0, self._padded_width - self.width), value=-torch.inf)
+        gathered: Tensor = tensor_model_parallel_all_gather(own_NV.contiguous(), dim=-1)
+        return gathered[:, : self._vocab_size].log_softmax(dim=-1)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 logits of this rank's ids, without the padding of the vocabulary."""

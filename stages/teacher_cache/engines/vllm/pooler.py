@@ -23,7 +23,7 @@ from stages.teacher_cache.draws import position_keys
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.vllm.attention import chosen_layers
 from stages.teacher_cache.engines.vllm.head import ResponseHead
-from stages.teacher_cache.engines.vllm.wire import DRAW_KEY, PROMPT_LENGTH, SPEC, TASK, RowLayout, pack
+from stages.teacher_cache.engines.vllm.wire import DRAW_KEY, FULL, PROMPT_LENGTH, SPEC, TASK, RowLayout, pack
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class _Kept:
     """What a request leaves behind for its next step; by layer where there are several."""
 
     head: list[Tensor] = field(default_factory=list)
+    full: list[Tensor] = field(default_factory=list)
     attention: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     keys: dict[int, Tensor] = field(default_factory=dict)
 
@@ -44,6 +45,7 @@ class _Span:
     first: int
     prompt_length: int
     draw_key: int
+    full: bool
     finished: bool
     state: PoolingStates
 
@@ -101,7 +103,10 @@ class CapturePooler(Pooler):
         self._head.summarise(hidden_ND, keys_N, rows_NW)
         parts = rows_NW.split([span.stop - span.response.start for span in spans])
         for span, part_NW in zip(spans, parts, strict=True):
-            self._kept[span.state].head.append(part_NW)
+            kept = self._kept[span.state]
+            kept.head.append(part_NW)
+            if span.full:
+                kept.full.append(self._head.logprobs(hidden_BD[span.response]))
 
     def _summarise_layer(self, index: int, spans: list[_Span]) -> None:
         layer = self._layers[index]
@@ -125,6 +130,8 @@ class CapturePooler(Pooler):
 
     def _answer(self, span: _Span) -> Tensor:
         kept = self._kept.pop(span.state)
+        if span.full:
+            return torch.cat(kept.full).flatten().view(torch.int32)
         return pack(torch.cat(kept.head), [torch.cat(kept.attention[index]) for index in range(len(self._layers))])
 
 
@@ -142,5 +149,6 @@ def _spans(metadata: PoolingMetadata) -> Iterator[_Span]:
         # vLLM sizes its memory with requests of its own, which say nothing: all their rows count as a response's.
         said = params.extra_kwargs or {}
         first = length - count
-        yield _Span(start, start + count, first, said.get(PROMPT_LENGTH, 1), said.get(DRAW_KEY, 0), finished, state)
+        prompt_length, draw_key, full = said.get(PROMPT_LENGTH, 1), said.get(DRAW_KEY, 0), said.get(FULL, False)
+        yield _Span(start, start + count, first, prompt_length, draw_key, full, finished, state)
         start += count

@@ -65,6 +65,10 @@ class PromptLogprobsEngine(InProcessVllm):
         for sample, output in zip(samples, self._answers(prompts, [asked] * len(samples)), strict=True):
             yield self._signal(output.prompt_logprobs, len(sample.prompt_ids))
 
+    def full(self, _: Sequence[Sample]) -> Iterator[Tensor]:
+        """See TeacherEngine: a Python number for every id of the vocabulary would be too many."""
+        return iter(())
+
     def _options(self) -> dict[str, Any]:
         return {
             "max_model_len": self._teacher.max_model_len + 2,  # one more token is fed, and one is generated

@@ -24,6 +24,8 @@ PROMPT_LENGTH = "prompt_length"
 """Key of a request's P in `PoolingParams.extra_kwargs`."""
 DRAW_KEY = "draw_key"
 """Key of a request's `draws.draw_key` there."""
+FULL = "full"
+"""Key there: true where all log-probabilities [N, V] are asked for, and nothing else."""
 SPEC = "teacher_capture"
 """Key of the CaptureSpec, as JSON, in vLLM's `additional_config`."""
 

@@ -1,0 +1,132 @@
+"""What a cache loses: decoded records beside the full distributions that they were made from. Pure numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.contract import Contract
+from shards.record import Float64, Record
+
+TEMPERATURES = (1.5, 2.0, 4.0)
+
+
+@dataclass(slots=True)
+class Fidelity:
+    """Gathers positions record by record; `report` sums them up."""
+
+    contract: Contract
+    _values: dict[str, list[Float64]] = field(default_factory=dict, init=False)
+
+    def add(self, record: Record, logprobs_NV: Float64) -> None:
+        """A decoded record and the teacher's full log-probabilities of its positions."""
+        self._put("mass of the kept ids", self._kept_mass(record, logprobs_NV))
+        if self.contract.selection.kind != "sample":
+            self._compare_heads(record, logprobs_NV)
+        entropy_N = -(np.exp(logprobs_NV) * logprobs_NV).sum(axis=1)
+        self._put("error of the entropy", np.abs(record.entropy_N - entropy_N))
+        if record.curve_NJ is not None:
+            self._compare_partitions(record, logprobs_NV)
+
+    def report(self) -> Mapping[str, float]:
+        """Means over all positions, and the largest errors."""
+        values = {name: np.concatenate(parts) for name, parts in self._values.items()}
+        facts: dict[str, float] = {"positions": float(len(next(iter(values.values()), ())))}
+        for name, values_N in values.items():
+            facts[f"{name}, mean"] = _figure(values_N.mean())
+            if not name.startswith("mass"):
+                facts[f"{name}, largest"] = _figure(values_N.max())
+        return facts
+
+    def _put(self, name: str, values_N: Float64) -> None:
+        self._values.setdefault(name, []).append(values_N.astype(np.float64))
+
+    def _kept_mass(self, record: Record, logprobs_NV: Float64) -> Float64:
+        kept_NK = record.ids_NK >= 0
+        probs_NK: Float64 = np.exp(np.take_along_axis(logprobs_NV, np.where(kept_NK, record.ids_NK, 0), axis=1))
+        mass_N: Float64 = np.where(kept_NK, probs_NK, 0.0).sum(axis=1)
+        return mass_N
+
+    def _head(self, record: Record) -> tuple[NDArray[np.integer], Float64]:
+        """Ids [N, k] of the exact head, as indices, and their decoded log-probabilities; -inf where there is none."""
+        assert record.logprobs_NK is not None, "an exact head has log-probabilities"
+        k = self.contract.selection.k
+        ids_NK, logprobs_NK = record.ids_NK[:, :k], record.logprobs_NK[:, :k].astype(np.float64)
+        return np.where(ids_NK >= 0, ids_NK, 0), np.where(ids_NK >= 0, logprobs_NK, -np.inf)
+
+    def _compare_heads(self, record: Record, logprobs_NV: Float64) -> None:
+        """KL(full || decoded) with the ids outside the head as one, and with its mass spread evenly over them."""
+        ids_NK, ours_NK = self._head(record)
+        there_NK = np.isfinite(ours_NK)
+        theirs_NK = np.take_along_axis(logprobs_NV, ids_NK, axis=1)
+        probs_NK = np.where(there_NK, np.exp(theirs_NK), 0.0)
+        head_N = (probs_NK * np.where(there_NK, theirs_NK - np.where(there_NK, ours_NK, 0.0), 0.0)).sum(axis=1)
+        outside_NV = logprobs_NV.copy()
+        for row, (ids_K, there_K) in enumerate(zip(ids_NK, there_NK, strict=True)):
+            outside_NV[row, ids_K[there_K]] = -np.inf
+        tail_N = np.logaddexp.reduce(outside_NV, axis=1)
+        log_tail_N = record.log_tail_N.astype(np.float64)
+        rest_N = np.where(np.isfinite(log_tail_N), np.exp(tail_N) * (tail_N - log_tail_N), 0.0)
+        self._put("KL(full || decoded), the rest as one", head_N + rest_N)
+        probs_NV = np.exp(outside_NV)
+        spread_N = log_tail_N - np.log((probs_NV > 0).sum(axis=1))
+        negative_N = (probs_NV * np.where(probs_NV > 0, outside_NV, 0.0)).sum(axis=1)
+        even_N = np.where(np.isfinite(log_tail_N), negative_N - np.exp(tail_N) * spread_N, 0.0)
+        self._put("KL(full || decoded), the rest spread evenly", head_N + even_N)
+
+    def _compare_partitions(self, record: Record, logprobs_NV: Float64) -> None:
+        """log Z(1/T) of the whole distribution: of the decoded head, and the tail's curve between its nodes."""
+        k = self.contract.selection.k
+        head_NK = self._head(record)[1] if k else np.full((record.positions, 1), -np.inf)
+        for temperature in TEMPERATURES:
+            power = 1 / temperature
+            tail_N = tail_partition(record, self.contract.curve, power)
+            ours_N = np.logaddexp(tail_N, np.logaddexp.reduce(power * head_NK, axis=1))
+            theirs_N = np.logaddexp.reduce(power * logprobs_NV, axis=1)
+            self._put(f"error of log Z at T = {temperature:g}", np.abs(ours_N - theirs_N))
+
+
+def tail_partition(record: Record, nodes: Sequence[float], power: float) -> Float64:
+    """[N]: log sum p^power outside the exact head: cubic Hermite between the curve's nodes, a line beyond the last.
+
+    The node 1 follows from the tail's mass, the entropy and the head.
+    """
+    assert record.curve_NJ is not None, "the record has a curve"
+    curve_NJ = record.curve_NJ.astype(np.float64)
+    values = {node: curve_NJ[:, index] for index, node in enumerate(nodes)}
+    slopes = {node: curve_NJ[:, len(nodes) + index] for index, node in enumerate(nodes)}
+    values[1.0], slopes[1.0] = record.log_tail_N.astype(np.float64), _slope_at_one(record)
+    lower = max((node for node in values if node <= power), default=None)
+    upper = min((node for node in values if node > power), default=None)
+    if lower is None or upper is None:
+        edge = min(values) if lower is None else max(values)
+        return values[edge] + slopes[edge] * (power - edge)
+    width = upper - lower
+    t = (power - lower) / width
+    blended: Float64 = (
+        (1 + 2 * t) * (1 - t) ** 2 * values[lower]
+        + t * (1 - t) ** 2 * width * slopes[lower]
+        + t**2 * (3 - 2 * t) * values[upper]
+        + t**2 * (t - 1) * width * slopes[upper]
+    )
+    return blended
+
+
+def _slope_at_one(record: Record) -> Float64:
+    """d/db log sum p^b at b = 1: the mean of log p under the tail."""
+    entropy_N = record.entropy_N.astype(np.float64)
+    if record.logprobs_NK is not None:
+        exact_NK = np.isfinite(record.logprobs_NK)
+        if record.draws_NK is not None:
+            exact_NK &= record.draws_NK == 0
+        logprobs_NK = np.where(exact_NK, record.logprobs_NK.astype(np.float64), -np.inf)
+        entropy_N = entropy_N + np.where(exact_NK, np.exp(logprobs_NK) * np.where(exact_NK, logprobs_NK, 0), 0).sum(1)
+    slope_N: Float64 = -entropy_N / np.exp(record.log_tail_N.astype(np.float64))
+    return slope_N
+
+
+def _figure(value: float) -> float:
+    return float(f"{value:.4g}")
