@@ -6,8 +6,12 @@ import dataclasses
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +78,27 @@ def standing_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.report("distill", {**result, "untrained": {**validation, "kl": 9.0}, "validation": validation})
     run.report("evaluate", {"validation": validation, "samples": [{"prompt": "1 + 1?", "answer": "3", "label": "2"}]})
     return run.path
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[[Any], AbstractContextManager[str]]:
+    """Serves an application on loopback, in a thread of this process: `with serve(app) as address`."""
+    return _serving
+
+
+@contextmanager
+def _serving(app: Any) -> Iterator[str]:
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -19,6 +20,9 @@ import cli
 from pipeline.recipe import load
 from pipeline.run import RunFolder
 from pipeline.summary import demo_lines
+from stages.inference.server.app import create_app
+from stages.inference.server.models import ServedModel
+from stages.inference.server.settings import ServerSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = ("README.md", "README.zh.md", "docs/placement.md")
@@ -26,6 +30,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OWN = ("cli.py", "minicodformer")
 OTHERS = {"source", "screen", "apt-get", "curl", "cat", "echo"}
 """Programs that a README may use without our parsing them."""
+SERVED = "http://127.0.0.1:8000"
+"""Where a README says that the server is; the test's own stands elsewhere."""
 LANGUAGES = {"sh", "python", "json", "toml", "text"}
 
 
@@ -138,11 +144,19 @@ def test_the_check_itself_refuses_what_does_not_exist(command: str) -> None:
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
-def test_python_runs_beside_a_finished_run(block: Block, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs_beside_a_finished_run(
+    block: Block, finished_run: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(finished_run.parent.parent)
     for name in set(re.findall(r"runs/([\w.-]+)", block.code)) - {"tiny"}:
         (finished_run.parent / name).symlink_to(finished_run)
-    exec(compile(block.code, str(block), "exec"), {})
+    if SERVED not in block.code:
+        exec(compile(block.code, str(block), "exec"), {})
+        return
+    (name,) = re.findall(r'model="([^"]+)"', block.code)
+    model = ServedModel.load(name, finished_run / "final_model")
+    with serve(create_app([model], ServerSettings(max_new_tokens=8))) as address:
+        exec(compile(block.code.replace(SERVED, address), str(block), "exec"), {})
 
 
 @pytest.mark.parametrize("block", blocks("json", "toml"), ids=str)

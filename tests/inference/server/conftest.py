@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
-import uvicorn
-from starlette.types import ASGIApp
 
 from stages.inference.generate import Student
 from stages.inference.server.app import create_app
 from stages.inference.server.models import ServedModel
 from stages.inference.server.settings import ServerSettings
-
-Serve = Callable[[ASGIApp], AbstractContextManager[str]]
-
-
-@contextlib.contextmanager
-def serving(app: ASGIApp) -> Iterator[str]:
-    """The address of the application while it is served."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-@pytest.fixture(scope="session")
-def serve() -> Serve:
-    return serving
 
 
 @pytest.fixture(scope="session")
@@ -52,9 +26,9 @@ def student(served: ServedModel) -> Student:
 
 
 @pytest.fixture(scope="session")
-def address(served: ServedModel) -> Iterator[str]:
+def address(served: ServedModel, serve: Any) -> Iterator[str]:
     settings = ServerSettings(slots=8, queue=32, max_prompt_tokens=200, max_new_tokens=64, max_body_bytes=1 << 16)
-    with serving(create_app([served], settings)) as address:
+    with serve(create_app([served], settings)) as address:
         yield address
 
 
