@@ -202,6 +202,25 @@ def generate(
 
 
 @app.command()
+def compare(
+    name: RunOption = None,
+    shards: ShardsOption = None,
+    split: Annotated[str, typer.Option(help="dev or train.")] = "dev",
+    record: Annotated[int, typer.Option(min=0, help="Which record of the split.")] = 0,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a page of all tokens to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Set the student beside its teacher and the label, token by token.
+
+    From the shards, without the teacher: the response coloured by KL, and what either side would have said.
+    """
+    from pipeline.compare import compare as compare_run
+
+    run = _finished_run(name)
+    _print(compare_run(run, shards=shards, split=split, record=record, page=page, as_json=as_json))
+
+
+@app.command()
 def serve(
     models: Annotated[
         list[str] | None,

@@ -30,7 +30,7 @@ def location(text: str) -> Path | str:
 
 def inspection_lines(place: str, *, sample: int | None, positions: Sequence[int] | None, as_json: bool) -> list[str]:
     """Describe a shard or a set. Raises PipelineError where nothing is there, UsageError for no such sample."""
-    show = None if sample is None else Request(sample=sample, positions=positions, decoder=_decoder)
+    show = None if sample is None else Request(sample=sample, positions=positions, decoder=decoder)
     try:
         facts = inspect(location(place), show=show)
     except ValueError as error:
@@ -66,7 +66,7 @@ def _verdict(report: VerifyReport, *, set_aside: bool) -> list[str]:
     ]
 
 
-def _decoder(teacher_folder: Path) -> Decode | None:
+def decoder(teacher_folder: Path) -> Decode | None:
     file = teacher_folder / "tokenizer.json"
     if not file.is_file():
         return None
