@@ -9,7 +9,7 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.inspection import decoder
 from pipeline.json_output import json_text
 from pipeline.run import RunFolder
-from pipeline.steps import require_model, silence_loading_bars
+from pipeline.steps import require_model, shards_of, silence_loading_bars
 from stages.distill.compare import ComparedToken, compare_record
 
 FULL_KL = 4.0
@@ -17,7 +17,7 @@ FULL_KL = 4.0
 
 
 def compare(
-    run: RunFolder, *, shards: Path | None, split: str, record: int, page: Path | None, as_json: bool
+    run: RunFolder, *, shards: str | None, split: str, record: int, page: Path | None, as_json: bool
 ) -> list[str]:
     """Compare the run's student with the cached teacher on one record. Raises PipelineError and UsageError."""
     from pipeline.comparison_page import page_text
@@ -27,7 +27,7 @@ def compare(
 
     require_model(run)
     silence_loading_bars()
-    shard_set = ShardSet(shards or run.shards)
+    shard_set = ShardSet(shards_of(run, shards))
     if split not in shard_set.splits:
         raise UsageError(f"no split {split!r} in {shard_set.where}", hint=f"there is {', '.join(shard_set.splits)}")
     records = shard_set.split(split)

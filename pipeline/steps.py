@@ -147,7 +147,7 @@ def distill(
     count = launch.default_ranks(here) if gpus is None else gpus
     if not machines:
         launch.check_ranks(count, here, recipe.distill.global_batch)
-    place = _shards_of(run, shards)
+    place = shards_of(run, shards)
     with run.lock("distill"):
         run.adopt(recipe)
         if machines:
@@ -159,7 +159,7 @@ def distill(
     return dict(run.summary()["distill"])
 
 
-def _shards_of(run: RunFolder, shards: str | None) -> Path | str:
+def shards_of(run: RunFolder, shards: str | None) -> Path | str:
     """Where a run takes its shards from. Raises PipelineError where there is no such folder; a URL is read to tell."""
     if shards is not None and "://" in shards:
         return shards
@@ -182,7 +182,7 @@ def evaluate(run: RunFolder, *, shards: str | None) -> Mapping[str, Any]:
     silence_loading_bars()
     settings = run.recipe().generation
     with run.lock("evaluate"), listening(run.events) as emit:
-        shard_set = ShardSet(_shards_of(run, shards))
+        shard_set = ShardSet(shards_of(run, shards))
         made_from = {
             "model_sha256": hashlib.sha256((run.final_model / "model.safetensors").read_bytes()).hexdigest(),
             "corpus_fingerprint": shard_set.contract.corpus_fingerprint,
