@@ -357,8 +357,8 @@ def merge(
 ) -> None:
     """Make one shard set of several.
 
-    They may differ in their corpus only, and no sample may be in two of them. Nothing is decoded, no teacher is needed.
-    Stopped and started again, it goes on.
+    They may differ in their corpus and the tables of their codec only, and no sample may be in two of them. No teacher
+    is needed. Stopped and started again, it goes on.
     """
     from pipeline.shard_tools import merge as merge_sets
 

@@ -1,7 +1,7 @@
 """A set of ten million response tokens: opened, and read in a shuffled order with flat memory.
 
 Prints a table and writes results/reader.json. The set is synthetic: one real shard of seeded top-64 distributions over
-151,936 ids, repeated under other sample ids, 1.1 GB on disk. Opening is timed in a process of its own, imports not
+151,936 ids, repeated under other sample ids, about 1 GB on disk. Opening is timed in a process of its own, imports not
 counted; the file pages may be in memory. Reading is one thread; both orders and both libraries take turns, and
 the figures are medians. Memory is the resident set of the process that reads, mapped pages included.
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,10 @@ import benchmarks.record as results
 from shards.contract import Contract, Selection
 from shards.export import export_parquet
 from shards.framing import write_frame
+from shards.learnt import tables_budget
 from shards.manifest import begin, seal
+from shards.planes2.calibration import learn_tables
+from shards.planes2.tables import fingerprint
 from shards.reader import ShardSet, Split
 from shards.record import Record
 from shards.schema import fixed_parts
@@ -38,7 +42,7 @@ SHARDS, RECORDS, TOKENS, PROMPT, K, VOCABULARY = 100, 100, 1_000, 100, 64, 151_9
 ROUNDS, SAMPLE = 5, 150
 OPEN_SECONDS = 1.0
 CONTRACT = Contract(
-    codec="topk-planes/1",
+    codec="planes/2",
     teacher="synthetic",
     teacher_fingerprint="1" * 64,
     tokenizer_fingerprint="2" * 64,
@@ -77,9 +81,12 @@ def synthetic_record(rng: np.random.Generator, number: int) -> Record:
 def make_set(folder: Path, shards: int) -> Path:
     """Build one shard and repeat it under other names and sample ids."""
     rng = np.random.default_rng(0)
-    data = build_shard("train-00000", "train", CONTRACT, [synthetic_record(rng, row) for row in range(RECORDS)])
+    records = [synthetic_record(rng, row) for row in range(RECORDS)]
+    tables = learn_tables(records, CONTRACT, budget=tables_budget(RECORDS * TOKENS))
+    contract = replace(CONTRACT, tables=fingerprint(tables))
+    data = build_shard("train-00000", "train", contract, records, tables=tables)
     storage = LocalStorage(folder)
-    begin(storage, CONTRACT)
+    begin(storage, contract)
     infos: list[ShardInfo] = []
     with ShardReader.of(data, called="the one") as shard:
         at = shard.batch.schema.get_field_index("sample_id")
@@ -88,8 +95,8 @@ def make_set(folder: Path, shards: int) -> Path:
             unit = f"train-{number:05d}"
             metadata = {**shard.batch.schema.metadata, b"unit": unit.encode()}
             batch = shard.batch.set_column(at, shard.batch.schema.field(at), ids).replace_schema_metadata(metadata)
-            infos.append(publish_unit(storage, unit, write_frame(batch, fixed_parts(batch)), CONTRACT))
-    seal(storage, CONTRACT, infos)
+            infos.append(publish_unit(storage, unit, write_frame(batch, fixed_parts(batch)), contract))
+    seal(storage, contract, infos)
     return folder
 
 

@@ -1,7 +1,8 @@
-"""Sets made of sets, without the teacher and without decoding anything: one elsewhere, or several as one.
+"""Sets made of sets, without the teacher: one elsewhere, or several as one.
 
 A copy has the same shards, byte for byte, whether it lies in a folder or in an object store. Where sets are merged,
 rows are taken as they are; only a shard's name, its place in the set and the corpus in its contract are written anew.
+Where the codec of a set learnt other tables than that of the first, its records are decoded and coded once more.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from shards.errors import ContractMismatch
 from shards.manifest import FIDELITY_FILE, Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
 from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
+from shards.shard import ShardReader
 from shards.storage import Location, Storage, storage_at
 from shards.units import ShardInfo, describe, publish_unit, published_units
-from shards.writer import rewrapped
+from shards.writer import build_shard, rewrapped
 
 Progress = Callable[[int, int], None]
 """Told how many records of how many are done."""
@@ -80,6 +82,7 @@ def _make(
     begin(storage, contract)
     if is_sealed(storage):
         return read_manifest(storage)
+    tables = units[0].source.open(units[0].info).tables
     done, total = 0, sum(unit.info.records for unit in units)
     there, infos = published_units(storage), list[ShardInfo]()
     for unit in units:
@@ -87,12 +90,19 @@ def _make(
             infos.append(describe(storage, there[unit.name], contract).info)
         else:
             unit.source.verify_shard(unit.info)
-            data = rewrapped(unit.source.open(unit.info), unit.name, contract)
+            data = _taken(unit.source.open(unit.info), unit.name, contract, tables)
             infos.append(publish_unit(storage, unit.name, data, contract))
         done += unit.info.records
         if progress is not None:
             progress(done, total)
     return seal(storage, contract, infos, teacher_folder=publish_teacher_files(storage, files))
+
+
+def _taken(shard: ShardReader, unit: str, contract: Contract, tables: bytes | None) -> bytes:
+    if shard.contract.tables == contract.tables:
+        return rewrapped(shard, unit, contract)
+    records = [shard[row] for row in range(len(shard))]
+    return build_shard(unit, shard.split, contract, records, tables=tables)
 
 
 def merged_corpus(fingerprints: Sequence[str]) -> str:
@@ -103,8 +113,9 @@ def merged_corpus(fingerprints: Sequence[str]) -> str:
 def _common_contract(sets: Sequence[ShardSet]) -> Contract:
     first = sets[0].contract
     for other in sets[1:]:
-        replace(first, corpus_fingerprint=other.contract.corpus_fingerprint).require_equal(
-            other.contract, where=other.where
+        theirs = other.contract
+        replace(first, corpus_fingerprint=theirs.corpus_fingerprint, tables=theirs.tables).require_equal(
+            theirs, where=other.where
         )
     return replace(first, corpus_fingerprint=merged_corpus([shards.contract.corpus_fingerprint for shards in sets]))
 

@@ -14,14 +14,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards.contract import Contract
+from shards.contract import AttentionSpec, Contract, Selection
 from shards.errors import Corrupt
 from shards.export import export_parquet
+from shards.inspect import Request, inspect
+from shards.learnt import with_tables
 from shards.manifest import begin, read_manifest, seal
 from shards.reader import ShardSet
 from shards.record import Record
+from shards.sample_view import SampleView
 from shards.schema import LENGTHS, STATISTICS
+from shards.storage import LocalStorage
 from shards.writer import write_shard
+from tests.shards.whole import SELECTIONS, contract_of, record_of
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,42 @@ def require_equal(row: dict[str, object], record: Record, split: str) -> None:
             assert found == want
         else:
             assert found == truth.tolist()
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=lambda selection: f"{selection.kind} {selection.draws}")
+def test_every_selection_is_exported_as_it_reads(selection: Selection, tmp_path: Path) -> None:
+    curve = (0.5, 0.25) if selection.tail_known else ()
+    contract = contract_of(selection, curve=curve, attention=AttentionSpec(layers=(0, 3), top_m=3, rows="all"))
+    rng = np.random.default_rng(9)
+    records = [record_of(contract, rng, positions=n, prompt=p, name=f"{n}") for n, p in ((8, 6), (1, 1), (20, 9))]
+    contract, tables = with_tables(LocalStorage(tmp_path / "set"), contract, lambda: records, budget=1000)
+    begin(tmp_path / "set", contract)
+    info = write_shard(tmp_path / "set", "train-0", "train", contract, records, tables=tables)
+    seal(tmp_path / "set", contract, [info])
+    export_parquet(tmp_path / "set", tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / "train-0.parquet").to_pylist()
+    for row, record in zip(rows, ShardSet(tmp_path / "set").split("train"), strict=True):
+        for n, kept_K in enumerate(record.ids_NK >= 0):
+            assert row["ids"][n] == record.ids_NK[n][kept_K].tolist()
+            for name, values_NK in (("logprobs", record.logprobs_NK), ("draws", record.draws_NK)):
+                assert (name in row) == (values_NK is not None)
+                if values_NK is not None:
+                    assert row[name][n] == values_NK[n][kept_K].tolist()
+        assert ("curve" in row) == bool(curve)
+        if record.curve_NJ is not None:
+            assert row["curve"] == record.curve_NJ.tolist()
+        assert record.attention is not None
+        assert row["attention_prompt"] == record.attention.prompt_LN.tolist()
+        shown = viewed(tmp_path / "set", row["sample_id"])
+        assert {alternative.token.id for alternative in shown.positions[0].alternatives} <= set(row["ids"][0])
+
+
+def viewed(folder: Path, sample_id: str) -> SampleView:
+    """The first position of a sample, as inspect-shard shows it."""
+    ids = ShardSet(folder).split("train").sample_ids.tolist()
+    shown = inspect(folder, show=Request(sample=ids.index(sample_id), positions=[0])).sample
+    assert shown is not None
+    return shown
 
 
 def test_polars_duckdb_and_datasets_read_an_export(exported: tuple[ShardSet, Path]) -> None:

@@ -6,17 +6,21 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from shards.contract import Contract
+from shards.contract import Contract, Selection
 from shards.errors import ContractMismatch, Corrupt
 from shards.inspect import inspect
+from shards.learnt import with_tables
 from shards.manifest import Manifest, begin, publish_teacher_files, seal
 from shards.merge import merge_sets, merged_corpus
 from shards.reader import ShardSet
 from shards.record import Record
+from shards.storage import LocalStorage
 from shards.verify import verify_shards
 from shards.writer import build_shard, write_shard
+from tests.shards.whole import SELECTIONS, contract_of, record_of
 
 TEACHER = {"tokenizer.json": b"{}"}
 
@@ -71,6 +75,32 @@ def test_a_merge_that_was_stopped_goes_on(tmp_path: Path, sources: list[Path]) -
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "merged").glob("*.arrow")}
     assert before.items() <= after.items()
     assert merge_sets(sources, tmp_path / "merged") == merged
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=lambda selection: f"{selection.kind} {selection.draws}")
+def test_sets_of_other_tables_are_coded_once_more(tmp_path: Path, selection: Selection) -> None:
+    """Ids and counts stay exact; of a probability, the codec's error is made twice."""
+    folders = [tmp_path / name for name in ("old", "new")]
+    for number, folder in enumerate(folders):
+        contract, rng = contract_of(selection, corpus_fingerprint=f"{number}"), np.random.default_rng(number)
+        records = [record_of(contract, rng, positions=30, name=f"{number}-{row}") for row in range(3)]
+        contract, tables = with_tables(LocalStorage(folder), contract, lambda given=records: given, budget=2000)
+        begin(folder, contract)
+        seal(folder, contract, [write_shard(folder, "train-00000", "train", contract, records, tables=tables)])
+    assert len({ShardSet(folder).contract.tables for folder in folders}) == 2
+    merged = merge_sets(folders, tmp_path / "merged")
+    assert merged.contract.tables == ShardSet(folders[0]).contract.tables
+    assert verify_shards(tmp_path / "merged").intact
+    before = [record for folder in folders for record in ShardSet(folder).split("train")]
+    for found, truth in zip(ShardSet(tmp_path / "merged").split("train"), before, strict=True):
+        assert found.sample_id == truth.sample_id
+        kept_NK = truth.ids_NK >= 0
+        for n, kept_K in enumerate(kept_NK):
+            assert sorted(found.ids_NK[n][found.ids_NK[n] >= 0]) == sorted(truth.ids_NK[n][kept_K])
+        if truth.draws_NK is not None and found.draws_NK is not None:
+            assert found.draws_NK.sum() == truth.draws_NK.sum()
+        if truth.logprobs_NK is not None and found.logprobs_NK is not None:
+            np.testing.assert_allclose(found.coverage_N, truth.coverage_N, atol=0.02)
 
 
 def test_what_does_not_belong_together_is_refused(
