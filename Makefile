@@ -8,6 +8,7 @@ RECIPE_FLAGS = $(if $(RECIPE),--recipe $(RECIPE)) $(if $(NAME),--name $(NAME)) $
 REPLICA_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--tp $(TP)) $(if $(RESPOND),--respond $(RESPOND))
 RANK_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(SHARDS),--shards $(SHARDS)) $(if $(HOSTS),--hosts $(HOSTS)) $(if $(TRACK),--track $(TRACK))
 SCREEN = $(or $(NAME),minicodformer_train)
+CACHE_SCREEN = $(or $(NAME),minicodformer_cache)
 
 .PHONY: help
 help: ## this list
@@ -46,10 +47,12 @@ teacher-cache: prepare ## stage one: the teacher over the samples, into shards (
 	@$(CLI) teacher-cache $(RECIPE_FLAGS) $(REPLICA_FLAGS)
 
 .PHONY: teacher-cache-screen
-teacher-cache-screen: prepare ## the same in the background: a `screen` session (NAME=… names run and session)
+teacher-cache-screen: prepare ## the same in a `screen` session that survives the terminal: minicodformer_cache, or NAME
 	@command -v screen >/dev/null || { echo "error: screen is not installed"; echo "hint: apt-get install screen, or use make teacher-cache"; exit 1; }
-	@screen -dmS $(or $(NAME),minicodformer) $(CLI) teacher-cache $(RECIPE_FLAGS) $(REPLICA_FLAGS)
-	@echo "caching in the background: screen -r $(or $(NAME),minicodformer) to look, ctrl-a d to leave it running, make watch to follow"
+	@! screen -ls | grep -q "\.$(CACHE_SCREEN)[[:space:]]" || { echo "error: there is a screen session $(CACHE_SCREEN) already"; echo "hint: screen -r $(CACHE_SCREEN) to look, or give this one a NAME"; exit 1; }
+	@mkdir -p runs && screen -dmS $(CACHE_SCREEN) -L -Logfile runs/$(CACHE_SCREEN).screen.log $(CLI) teacher-cache $(RECIPE_FLAGS) $(REPLICA_FLAGS)
+	@echo "caching in the background: screen -r $(CACHE_SCREEN) to look, ctrl-a d to leave it running, make watch to follow;"
+	@echo "what it says is in runs/$(CACHE_SCREEN).screen.log too"
 
 .PHONY: distill
 distill: setup ## stage two: the student from the shards (GPUS=n; without a GPU, n CPU processes)

@@ -96,6 +96,9 @@ def test_a_unit_short_of_rejected_records_is_resumed_without_them(
     engines: list = []
     recorded.fill(tmp_path, recorded_teacher, engines=engines)
     assert [int(name, 16) for name in engines[0].captured] == [0, 2, 3]
+    (tmp_path / "manifest.json").unlink()
+    recorded.fill(tmp_path, recorded_teacher, engines=engines)
+    assert engines[1].captured == [], "a shard without its rejected records is whole"
 
 
 def test_W4_what_the_stage_refuses_in_a_replica_reaches_the_caller_and_seals_nothing(

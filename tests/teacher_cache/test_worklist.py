@@ -69,6 +69,12 @@ def test_replicas_that_die_whatever_they_are_given_end_the_run() -> None:
         run(1, 256, set(range(256)), [], 1)
 
 
+def test_many_poisons_do_not_end_a_run_that_captures_in_between() -> None:
+    done, deaths = run(10, 2, set(range(0, 20, 2)), [], 1)
+    assert deaths == 10 * (3 + 3)
+    assert [len(complete.records) for complete in done] == [1] * 10
+
+
 def test_an_abandoned_list_hands_out_nothing() -> None:
     work = WorkList((unit, range(unit.start, unit.stop)) for unit in plan_units({"train": 4}, 2))
     work.take()
