@@ -25,7 +25,7 @@ from stages.inference.server.models import ServedModel
 from stages.inference.server.settings import ServerSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = ("README.md", "README.zh.md", "docs/placement.md")
+PAGES = ("README.md", "README.zh.md", "docs/placement.md", "docs/teacher_cache.md")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OWN = ("cli.py", "minicodformer")
 OTHERS = {"source", "screen", "apt-get", "curl", "cat", "echo"}
