@@ -80,8 +80,8 @@ def topk_kl_renormalised(student: StudentRows, teacher: TeacherRows) -> Tensor:
 def ghost_kl(rows: Rows) -> Tensor:
     """T^2 KL over the K + 1 buckets, each side sharpened or flattened as if the rest were one token: b^(1/T) / sum.
 
-    `tail_bucket_kl` where T = 1. It needs no partition curve, and pays for it: at T > 1 a bucket of thousands of ids is
-    flattened less than they would be.
+    `tail_bucket_kl` where T = 1. It needs no partition curve, and pays for it: at T > 1 thousands of unlikely ids gain
+    far more mass than one token in their place.
     """
     log_p_NJ, log_q_NJ, present_NJ = _buckets(rows.student, rows.teacher)
     scale_N1 = rows.temperature_N[:, None]
