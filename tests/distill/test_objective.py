@@ -165,7 +165,7 @@ def test_without_a_curve_only_losses_that_need_none_are_tempered(name: str, mode
 
 
 def test_an_unknown_tail_is_refused_by_all_losses_that_look_at_it() -> None:
-    unknown = contract_of(dataclasses.replace(SELECTIONS["topk"], tail_known=False))
+    unknown = contract_of(dataclasses.replace(SELECTIONS["topk"], tail_known=False), curve=())
     for name, loss in LOSSES.items():
         if loss.tail:
             with pytest.raises(ValueError, match="which these shards do not know"):
