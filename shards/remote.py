@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ from shards.storage import QUARANTINE
 
 SCHEMES = ("s3", "gs")
 _COPY_BYTES = 8 << 20
+_SECRET = re.compile(r"(?<=://)[^/@]*@")
+"""Keys that a URL may carry; messages show none."""
 _CHECK_ACCESS = "check the URL, the credentials of this machine and the network, and run the same command again"
 
 
@@ -49,8 +52,8 @@ class RemoteStorage:
         try:
             filesystem, root = fs.FileSystem.from_uri(f"{url.split('?')[0]}?{options}")
         except (OSError, pa.ArrowException) as error:
-            raise StorageFailed(f"{url} cannot be opened: {error}", hint=_CHECK_ACCESS) from error
-        return cls(filesystem, root, url=url.split("?")[0], cache=cache)
+            raise StorageFailed(f"{_SECRET.sub('', url)} cannot be opened: {error}", hint=_CHECK_ACCESS) from error
+        return cls(filesystem, root, url=_SECRET.sub("", url.split("?")[0]), cache=cache)
 
     def where(self, name: str = "") -> str:
         return f"{self._url}/{name}".rstrip("/")

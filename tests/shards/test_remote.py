@@ -209,6 +209,7 @@ def test_W3_writers_at_once_agree_on_one_set(
 def test_W5_a_refusal_of_any_request_is_explained_and_resumable(
     store: ObjectStore, url: str, cache: ObjectCache, contract: Contract, records: list[Record], every: int
 ) -> None:
+    store.refuse()
     fill(url, contract, records)
     requests, expected, silent = len(store.requests()), store.files(url), []
     for number in range(0, requests, every):
@@ -286,6 +287,22 @@ def test_a_store_that_cannot_be_reached_is_named(url: str, contract: Contract) -
     with pytest.raises(StorageFailed, match="no-such-bucket") as caught:
         begin(url.replace("bucket-", "no-such-bucket-"), contract)
     assert "credentials" in caught.value.hint
+
+
+def test_keys_in_a_url_are_used_and_never_shown(url: str, contract: Contract) -> None:
+    storage = storage_at(url.replace("s3://", "s3://somebody:hidden@"))
+    begin(storage, contract)
+    assert storage.where("contract.json") == f"{url.split('?')[0]}/contract.json"
+    with pytest.raises(StorageFailed) as caught:
+        begin(url.replace("s3://", "s3://somebody:hidden@no-such-"), contract)
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_google_url_opens_googles_client(cache: ObjectCache) -> None:
+    """No server of theirs can be installed here: beyond its client everything is what S3 is tested with."""
+    storage = open_at("gs://anonymous@bucket/sets/one", cache)
+    assert type(storage._files).__name__ == "GcsFileSystem"
+    assert storage.where("manifest.json") == "gs://bucket/sets/one/manifest.json"
 
 
 def test_another_kind_of_url_is_refused(contract: Contract) -> None:
