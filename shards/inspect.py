@@ -70,7 +70,7 @@ class Inspection:
     bytes_by_column: Mapping[str, int]
     """"framing" is all that is no column: schema, footer, padding."""
     bytes_per_position: Mapping[str, float]
-    """By part: each payload of the codec, the tokens, and "columns" for the rest; "all" is their sum."""
+    """By part: each payload of the codec, its tables, the tokens, and "columns" for the rest; "all" is their sum."""
     coverage: Spread
     """Of the records' mean kept mass."""
     entropy: Spread
@@ -169,14 +169,16 @@ def _bytes_by_column(opened: Sequence[ShardReader]) -> dict[str, int]:
 
 
 def _bytes_per_position(opened: Sequence[ShardReader]) -> dict[str, float]:
-    """By part: each payload of the codec, tokens, and in "columns" all that is neither."""
+    """By part: each payload of the codec, its tables, tokens, and in "columns" all that is none of these."""
     cells = sum(
         (Counter({name: int(shard.cell_sizes(name).sum()) for name in cell_names(shard.contract)}) for shard in opened),
         Counter[str](),
     )
     size = sum(shard.size for shard in opened)
     tokens = cells.pop("prompt_ids") + cells.pop("response_ids")
-    parts = {**cells, "tokens": tokens, "columns": size - tokens - cells.total(), "all": size}
+    tables = sum(len(shard.tables or b"") for shard in opened)
+    rest = size - tokens - tables - cells.total()
+    parts = {**cells, "tables": tables, "tokens": tokens, "columns": rest, "all": size}
     positions = sum(int(shard.numbers("positions").sum(dtype=np.int64)) for shard in opened)
     return {name: part / positions for name, part in parts.items()}
 

@@ -11,6 +11,7 @@ from shards.planes2.codec import Planes2
 from shards.planes2.tables import MAX_BYTES, fingerprint
 from shards.record import Record
 from shards.storage import Storage
+from shards.validation import require_valid
 
 TABLES_NAME = "codec.tables"
 """Beside contract.json, for writers that come later; readers take what stands in each shard."""
@@ -32,13 +33,16 @@ def with_tables(
 ) -> tuple[Contract, bytes | None]:
     """The contract with the tables that its codec needs, and those tables: learnt from `examples` by the first to come.
 
-    Raises StorageFailed.
+    Raises InvalidRecord for an example that could not be written, StorageFailed.
     """
     contract = dataclasses.replace(contract, tables=None)
     if contract.codec != Planes2.name:
         return contract, None
     if storage.size(TABLES_NAME) is None:
+        records = examples()
+        for record in records:
+            require_valid(record, contract)
         storage.prepare()
-        storage.publish(TABLES_NAME, learn_tables(examples(), contract, budget=budget))
+        storage.publish(TABLES_NAME, learn_tables(records, contract, budget=budget))
     tables = storage.read(TABLES_NAME, most=MAX_BYTES)
     return dataclasses.replace(contract, tables=fingerprint(tables)), tables

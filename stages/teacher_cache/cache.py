@@ -14,9 +14,10 @@ from pathlib import Path
 
 from shards.contract import Contract
 from shards.manifest import CONTRACT_NAME, Manifest, begin, is_sealed, read_manifest, seal
-from shards.topk_planes import TopkPlanes1
+from shards.storage import LocalStorage
 from stages.corpus.store import Corpus
 from stages.events import Emit
+from stages.teacher_cache.calibration import calibrated, codec_of
 from stages.teacher_cache.engines.protocol import CaptureSpec, EngineFactory
 from stages.teacher_cache.engines.vllm.adapter import VllmEngine
 from stages.teacher_cache.engines.vllm.prompt_logprobs import PromptLogprobsEngine
@@ -57,11 +58,15 @@ def fill_cache(
             factory=engine or ENGINES[teacher.engine], folder=teacher_folder, teacher=teacher, spec=spec
         )
         replicas = [stack.enter_context(closing(replica)) for replica in spread(order)]
-        contract = _contract(corpus, teacher, teacher_folder, facts, spec, replicas[0].facts())
+        storage = LocalStorage(folder)
+        contract = _contract(corpus, teacher, teacher_folder, facts, spec, replicas[0].facts(), codec=codec_of(storage))
+        contract, tables = calibrated(
+            storage, contract, corpus.train, replicas[0], emit, records_per_shard=cache.records_per_shard
+        )
         begin(folder, contract)
         if is_sealed(folder):
             return read_manifest(folder)
-        job = Job(corpus=corpus, folder=folder, contract=contract, replicas=replicas, emit=emit)
+        job = Job(corpus=corpus, folder=folder, contract=contract, tables=tables, replicas=replicas, emit=emit)
         shards = job.run(plan_units({"train": len(corpus.train), "dev": len(corpus.dev)}, cache.records_per_shard))
         publish_fidelity(folder, contract, shards, replicas, emit)
     with _alone(folder):
@@ -84,9 +89,11 @@ def _contract(
     facts: TeacherFacts,
     spec: CaptureSpec,
     engine: EngineFacts,
+    *,
+    codec: str,
 ) -> Contract:
     return Contract(
-        codec=TopkPlanes1.name,
+        codec=codec,
         teacher=teacher.model,
         teacher_fingerprint=weights_fingerprint(teacher_folder),
         tokenizer_fingerprint=corpus.tokenizer_fingerprint,

@@ -42,6 +42,7 @@ class Job:
     corpus: Corpus
     folder: Path
     contract: Contract
+    tables: bytes | None
     replicas: Sequence[Replica]
     emit: Emit
     _done: int = field(default=0, init=False)
@@ -140,7 +141,7 @@ class Job:
             self._advance(self._tokens(unit, (reject.index for reject in complete.rejects)))
         if not complete.records:
             return None
-        return write_shard(self.folder, unit.name, unit.split, self.contract, complete.records)
+        return write_shard(self.folder, unit.name, unit.split, self.contract, complete.records, tables=self.tables)
 
     def _published(self, unit: Unit) -> ShardInfo:
         """A shard that was there before, if it holds this unit, be it without rejected records."""

@@ -21,6 +21,7 @@ from shards.contract import SELECTIONS, Selection
 from shards.errors import ContractMismatch, Incomplete, InvalidRecord, StorageFailed
 from shards.manifest import is_sealed, read_manifest
 from shards.reader import ShardSet
+from shards.shard import ShardReader
 from shards.verify import quarantine, verify_shards
 from stages.errors import StageError
 from stages.events import Event, Progress
@@ -146,6 +147,28 @@ def test_what_verification_sets_aside_is_remade_and_nothing_else(
     assert contents(tmp_path) == undisturbed
 
 
+def test_a_set_goes_on_with_the_codec_and_the_tables_that_it_was_begun_with(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    assert recorded.fill(new, teacher).contract.codec == "planes/2"
+    tables = (new / "codec.tables").read_bytes()
+    (new / "manifest.json").unlink()
+    (new / "train-00001.arrow").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("shards.learnt.learn_tables", lambda *_, **__: pytest.fail("they were learnt before"))
+        recorded.fill(new, teacher)
+    with ShardReader.open(new / "train-00001.arrow") as shard:
+        assert shard.tables == tables
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.teacher_cache.cache.codec_of", lambda _: "topk-planes/1")
+        recorded.fill(old, teacher)
+    (old / "manifest.json").unlink()
+    (old / "train-00001.arrow").unlink()
+    assert recorded.fill(old, teacher).contract.codec == "topk-planes/1"
+
+
 def test_a_whole_set_starts_no_engine(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
     first = recorded.fill(tmp_path, teacher)
     before = contents(tmp_path)
@@ -180,10 +203,10 @@ def test_W4_a_failing_writer_reaches_the_caller_and_seals_nothing(
 ) -> None:
     write = job_module.write_shard
 
-    def full(folder: Path, name: str, *rest: object) -> object:
+    def full(folder: Path, name: str, *rest: object, **named: object) -> object:
         if name == unit:
             raise StorageFailed("no space left on device", hint="make room")
-        return write(folder, name, *rest)  # type: ignore[arg-type]
+        return write(folder, name, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(job_module, "write_shard", full)
     with pytest.raises(StorageFailed, match="no space"):
@@ -214,18 +237,18 @@ def test_a_slow_writer_holds_the_engine_back_to_two_units(
 ) -> None:
     write, may_write = job_module.write_shard, threading.Event()
 
-    def slow(*arguments: object) -> object:
+    def slow(*arguments: object, **named: object) -> object:
         may_write.wait()
-        return write(*arguments)  # type: ignore[arg-type]
+        return write(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(job_module, "write_shard", slow)
     engines: list = []
     caller = threading.Thread(target=recorded.fill, args=(tmp_path, teacher), kwargs={"engines": engines})
     caller.start()
-    while not engines or len(engines[0].captured) < 7:
+    while not engines or len(engines[0].captured) < 1 + 7:
         time.sleep(0.01)
     time.sleep(0.3)
-    assert len(engines[0].captured) == 7, "units of 4 and 3 samples; the last one waits"
+    assert len(engines[0].captured) == 1 + 7, "one to learn from, units of 4 and 3 samples; the last one waits"
     may_write.set()
     caller.join()
     assert is_sealed(tmp_path)
