@@ -221,20 +221,34 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="turns of every side")
     parser.add_argument("--peak", nargs=5, metavar=("SIDE", "KD", "TEMPERED", "VOCAB", "ROWS"))
     arguments = parser.parse_args()
     if arguments.peak:
         side, kd, warm, vocab, rows = arguments.peak
         print(measure_peak(side, Case(kd=kd, tempered=bool(int(warm)), vocab=int(vocab), rows=int(rows))))
         return
+    for rows in _growing(_measured(arguments.runs)):
+        # After every figure, so that a run that is cut short leaves what it found.
+        write("loss", rows, clock="CPU time of one thread, median of turns", packages=("torch",), threads=1)
+
+
+def _measured(runs: int) -> Iterator[Row]:
     main_case = Case(kd="tail_bucket_kl", tempered=False, vocab=QWEN3, rows=ROWS)
+    yield from time_rows(main_case, runs)
+    yield memory_row(main_case, MEMORY_BOUND)
     everything = Case(kd="water_filled_kl", tempered=True, vocab=QWEN3, rows=ROWS // 4)
-    growth = [Case(kd="tail_bucket_kl", tempered=False, vocab=SMOLLM2, rows=rows) for rows in (512, 1024, 2048)]
-    rows = [*time_rows(main_case, arguments.runs), memory_row(main_case, MEMORY_BOUND)]
-    rows += [*time_rows(everything, arguments.runs), memory_row(everything, None)]
-    rows += [memory_row(case, None) for case in growth]
-    write("loss", rows, clock="CPU time of one thread, median of turns", packages=("torch",), threads=1)
+    yield memory_row(everything, None)
+    yield from time_rows(everything, runs)
+    for rows in (512, 1024, 2048):
+        yield memory_row(Case(kd="tail_bucket_kl", tempered=False, vocab=SMOLLM2, rows=rows), None)
+
+
+def _growing(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    found: list[Row] = []
+    for row in rows:
+        found.append(row)
+        yield found
 
 
 if __name__ == "__main__":
