@@ -5,7 +5,7 @@ writes who has room: all logits at once, autograd, the tail as 1 - sum of the ke
 one thread, the median of runs that take turns in one process. Memory is the peak beyond the inputs, the gradients that
 are returned included, each side in a process of its own.
 
-    python benchmarks/loss.py
+    python -m benchmarks.loss
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from record import Row, compare, write
 from torch import Tensor
 
+from benchmarks.record import Row, compare, write
 from stages.distill.losses.cross_entropy import cross_entropy
 from stages.distill.losses.fused import BLOCK_ROWS, RowObjective, fused_rows
 from stages.distill.losses.partition import tempered_teacher
@@ -171,9 +171,8 @@ def train_once(side: str, case: Case, inputs: Inputs) -> float:
 def peak_bytes(side: str, case: Case) -> int:
     """In a process of its own, which this one starts."""
     arguments = [side, case.kd, str(int(case.tempered)), str(case.vocab), str(case.rows)]
-    told = subprocess.run(
-        [sys.executable, __file__, "--peak", *arguments], check=True, capture_output=True, text=True, cwd=Path.cwd()
-    )
+    command = [sys.executable, "-m", "benchmarks.loss", "--peak", *arguments]
+    told = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(json.loads(told.stdout))
 
 
