@@ -439,6 +439,23 @@ def monitor(
     _print(watch(find_run(run), once=once, as_json=as_json))
 
 
+@app.command()
+def report(
+    run: Annotated[
+        str | None,
+        typer.Argument(autocompletion=_run_names, help="A run's name or folder. [default: the running or newest]"),
+    ] = None,
+) -> None:
+    """Write a run's report.html anew.
+
+    One self-contained page of its curves and answers; training and evaluation end with it, this is for a look before.
+    """
+    from pipeline.report import write_report
+    from pipeline.runs import find_run
+
+    typer.echo(write_report(find_run(run)))
+
+
 @app.command("runs")
 def list_runs(as_json: JsonOption = False) -> None:
     """List the runs with their state."""

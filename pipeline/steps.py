@@ -16,8 +16,10 @@ from pipeline.assets import corpus_file, teacher_folder
 from pipeline.card import write_card
 from pipeline.errors import PipelineError, UsageError
 from pipeline.recipe import Recipe
+from pipeline.report import write_report
 from pipeline.run import RunFolder
 from pipeline.sinks import listening
+from pipeline.word_problems import SOURCE, final_answer
 from stages.events import Note, silent
 
 if TYPE_CHECKING:
@@ -156,6 +158,7 @@ def distill(
         else:
             launch.run_ranks(run, place, count, here, tracker=tracker)
         write_card(run)
+        write_report(run)
     return dict(run.summary()["distill"])
 
 
@@ -187,23 +190,39 @@ def evaluate(run: RunFolder, *, shards: str | None) -> Mapping[str, Any]:
             "model_sha256": hashlib.sha256((run.final_model / "model.safetensors").read_bytes()).hexdigest(),
             "corpus_fingerprint": shard_set.contract.corpus_fingerprint,
             "generation": dataclasses.asdict(settings),
+            "report": 2,  # what is measured; older reports lack some of it
         }
         standing = run.summary().get("evaluate", {})
         if standing.get("made_from") == made_from:
             emit(Note(stage="evaluate", text="the report of this model is up to date"))
             return dict(standing)
+        start = time.monotonic()
         report = evaluate_model(run.final_model, shard_set, emit=emit)
-        samples = _answer_validation_prompts(Student.load(run.final_model), shard_set, settings)
-        facts = {"validation": dataclasses.asdict(report), "samples": samples, "made_from": made_from}
+        seconds = time.monotonic() - start
+        unseen = len(shard_set.split("dev"))
+        seen = evaluate_model(run.final_model, shard_set, split="train", records=unseen, emit=emit)
+        samples, speed = _answer_validation_prompts(Student.load(run.final_model), shard_set, settings)
+        facts = {
+            "validation": dataclasses.asdict(report),
+            "training": dataclasses.asdict(seen),
+            "positions_per_s": round(report.positions / seconds, 1),
+            "generated_tokens_per_s": round(speed, 1),
+            "exact_match": _exact_match(run.recipe(), samples),
+            "samples": samples,
+            "made_from": made_from,
+        }
         run.report("evaluate", facts)
         write_card(run)
+        write_report(run)
     return facts
 
 
 def _answer_validation_prompts(
     student: Student, shard_set: ShardSet, settings: GenerationSettings
-) -> list[dict[str, str]]:
+) -> tuple[list[dict[str, str]], float]:
+    """The answers, and how many tokens a second they took."""
     split = shard_set.split("dev")
+    start = time.monotonic()
     records = [split[index] for index in range(min(settings.prompts, len(split)))]
     answers = student.generate_from_ids(
         [record.prompt_ids_P.tolist() for record in records],
@@ -212,7 +231,8 @@ def _answer_validation_prompts(
         top_p=settings.top_p,
         seed=settings.seed,
     )
-    return [
+    speed = sum(len(answer.token_ids) for answer in answers) / (time.monotonic() - start)
+    samples = [
         {
             "prompt": student.decode(record.prompt_ids_P.tolist()),
             "answer": answer.text,
@@ -220,6 +240,15 @@ def _answer_validation_prompts(
         }
         for record, answer in zip(records, answers, strict=True)
     ]
+    return samples, speed
+
+
+def _exact_match(recipe: Recipe, samples: Sequence[Mapping[str, str]]) -> float | None:
+    """Share of answers whose last line is the label's; None for data of which that is no check of the answer."""
+    if recipe.corpus.source != SOURCE or not samples:
+        return None
+    hits = [final_answer(sample["answer"]) == final_answer(sample["label"]) for sample in samples]
+    return sum(hits) / len(hits)
 
 
 def generate(run: RunFolder, prompts: Sequence[str], **sampling: Any) -> list[Generation]:

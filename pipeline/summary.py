@@ -70,13 +70,22 @@ def distill_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
 
 
 def evaluation_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
-    report = facts["validation"]
+    report, seen = facts["validation"], facts["training"]
     lines = [
         f"positions       {report['positions']:,} of the validation split",
         f"KL to teacher   {report['kl']:.4f} nats over its kept ids and one bucket for the rest (a lower bound)",
         f"cross-entropy   {report['cross_entropy']:.4f} nats, perplexity {report['perplexity']:.2f}",
         f"agreement       top-1 {report['top1_agreement']:.1%}, top-5 {report['top5_agreement']:.1%}",
+        f"calibration     {report['ece']:.1%} expected error of the most probable token's probability",
+        f"seen in training  KL {seen['kl']:.4f}, cross-entropy {seen['cross_entropy']:.4f}, "
+        f"top-1 {seen['top1_agreement']:.1%} on {seen['positions']:,} positions",
+        f"speed           {facts['positions_per_s']:,.0f} positions/s measured, "
+        f"{facts['generated_tokens_per_s']:,.0f} tokens/s generated",
     ]
+    if facts["exact_match"] is not None:
+        lines.append(
+            f"exact match     {facts['exact_match']:.1%} of {len(facts['samples'])} answers end as the label does"
+        )
     return lines + sample_lines(facts["samples"]) + ["", f"           {run.summary_file}"]
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from pipeline.errors import PipelineError
 from stages.events import Emit, Progress
 
+SOURCE = "demo:gsm-symbolic"
+"""What corpus.source calls them."""
 ROWS = 800
 SEED = 0
 _DRAWN = 4_300
@@ -31,6 +33,12 @@ def write_word_problems(path: Path, emit: Emit) -> None:
             file.write(line)
             if number % _REPORT_EVERY == 0:
                 emit(Progress(stage="word problems", done=number, total=ROWS, unit="rows"))
+
+
+def final_answer(response: str) -> str:
+    """What a response comes to: its last line that is not empty, which in these problems is the number alone."""
+    lines = [line.strip() for line in response.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def _lines() -> Iterator[str]:

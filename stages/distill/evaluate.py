@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shards.reader import ShardSet, Split
 from stages.distill.batches import Batch, Prefetcher, assemble
+from stages.distill.losses.fused import CALIBRATION_BINS
 from stages.distill.objective import EVALUATION_SUMS, DistillModule, LossTerms
 from stages.distill.order import Indices, record_lengths, sharded_pass
 from stages.distill.settings import ObjectiveSettings
@@ -33,12 +34,16 @@ class EvaluationReport:
     """How often the student's most probable token is the teacher's."""
     top5_agreement: float
     """How often the teacher's most probable token is among the student's five."""
+    ece: float | None = None
+    """Expected calibration error (Naeini et al. 2015): |confidence - accuracy| of the student's most probable token, as
+    a prediction of the record's own, over bins of confidence weighted by their positions. None in older reports."""
 
 
 def evaluate(
     forward: Callable[[Batch], LossTerms],
     split: Split,
     *,
+    records: int | None = None,
     start_token_id: int,
     micro_batch: int,
     rank: int = 0,
@@ -46,24 +51,26 @@ def evaluate(
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
     emit: Emit = silent,
 ) -> EvaluationReport:
-    """Measure `forward` on a split, each rank on its part; `total` adds up what the ranks found.
+    """Measure `forward` on a split or its first `records`, each rank on its part; `total` adds up what the ranks found.
 
     Sums and counts are added, never means: the report is the same for every world size, up to rounding.
     """
-    parts = sharded_pass(record_lengths(split), micro_batch, rank, world)
+    parts = sharded_pass(record_lengths(split)[:records], micro_batch, rank, world)
 
     def load(part: Indices) -> Batch:
         chosen = part if part.size else [0]  # all ranks run the model equally often: see sharded_pass
         return assemble([split[int(index)] for index in chosen], start_token_id)
 
-    sums = torch.zeros(len(EVALUATION_SUMS), dtype=torch.float64)
+    sums = torch.zeros(len(EVALUATION_SUMS) + 3 * CALIBRATION_BINS, dtype=torch.float64)
     for done, (part, batch) in enumerate(zip(parts, Prefetcher(load, parts), strict=True), 1):
         found = forward(batch).sums.to(sums.device)
         if part.size:
             sums += found
         emit(Progress(stage="evaluate", done=done, total=len(parts), unit="batches"))
-    totals = dict(zip(EVALUATION_SUMS, total(sums).tolist(), strict=True))
+    named, calibration = total(sums).split([len(EVALUATION_SUMS), 3 * CALIBRATION_BINS])
+    totals = dict(zip(EVALUATION_SUMS, named.tolist(), strict=True))
     positions = totals.pop("positions")
+    _, confidence_C, hits_C = calibration.view(CALIBRATION_BINS, 3).unbind(1)
     mean = {name: value / positions for name, value in totals.items()}
     return EvaluationReport(
         positions=int(positions),
@@ -72,13 +79,20 @@ def evaluate(
         perplexity=math.exp(min(mean["ce"], 700.0)),
         top1_agreement=mean["top1"],
         top5_agreement=mean["top5"],
+        ece=float((confidence_C - hits_C).abs().sum()) / positions,
     )
 
 
 def evaluate_model(
-    model_folder: Path, shards: ShardSet, *, split: str = "dev", micro_batch: int = 8, emit: Emit = silent
+    model_folder: Path,
+    shards: ShardSet,
+    *,
+    split: str = "dev",
+    records: int | None = None,
+    micro_batch: int = 8,
+    emit: Emit = silent,
 ) -> EvaluationReport:
-    """Measure a saved student in this process, without DeepSpeed."""
+    """Measure a saved student in this process, without DeepSpeed; on the first `records` of the split, if given."""
     from stages.student.model import MiniCodformerForConditionalGeneration
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,6 +102,7 @@ def evaluate_model(
         return evaluate(
             lambda batch: module(batch.to(device)),
             shards.split(split),
+            records=records,
             start_token_id=shards.contract.start_token_id,
             micro_batch=micro_batch,
             emit=emit,

@@ -40,7 +40,7 @@ SUMS = (
 )
 """What `LossTerms.sums` holds, each summed over positions; docs/objective.md says what each is."""
 EVALUATION_SUMS = (*SUMS, "top5")
-"""What it holds where gradients are switched off."""
+"""What it holds where gradients are switched off, before the table of `FusedRows.calibration_C3`, row by row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +141,8 @@ class DistillModule(nn.Module):
         objective = fused.objective + emphasis.attention * crossed + emphasis.encoder * encoded
         *row_sums, score_counts = fused.sums if self._score else (*fused.sums, zero.new_zeros(0))
         found = [*row_sums, fused.top1_N.sum(), crossed, encoded, torch.tensor(batch.positions)]
-        found += [] if fused.top5_N is None else [fused.top5_N.sum()]
+        if fused.top5_N is not None and fused.calibration_C3 is not None:
+            found += [fused.top5_N.sum(), *fused.calibration_C3.flatten()]
         sums = torch.stack([tensor.detach().double().to(weight_VD.device) for tensor in found])
         return LossTerms(objective * scale, sums, score_counts.double())
 

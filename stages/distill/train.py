@@ -210,6 +210,7 @@ class _Loop:
             "loss": self._emphasis(self._done.step - 1).loss(means),
             **{name: means[name] for name in self._told},
             "lr": max(group["lr"] for group in self._training.engine.groups),
+            "lr_lowest": min(group["lr"] for group in self._training.engine.groups),
             "grad_norm": outcome.grad_norm,
             "tokens_per_s": outcome.positions / outcome.seconds,
             "data_wait": outcome.data_wait / outcome.seconds,

@@ -27,6 +27,8 @@ from stages.wide_topk import select_topk
 # Rows whose full-width logits exist at once. More rows spread the cost of accumulating [V, D] over more of them.
 BLOCK_ROWS = {"cpu": 256, "cuda": 1024}
 
+CALIBRATION_BINS = 15
+
 Terms = Sequence[tuple[RowLoss, float]]
 """Losses and their weights."""
 
@@ -54,6 +56,9 @@ class FusedRows(NamedTuple):
     top5_N: Tensor | None
     """bool: it is among the student's five most probable. Looked up only where gradients are switched off, because it
     costs half as much as the logits."""
+    calibration_C3: Tensor | None
+    """Looked up with it, for the student's most probable id in bins of equal width by its probability: rows, the sum of
+    those probabilities, and how often the label is that id."""
 
 
 def fused_rows(
@@ -69,17 +74,20 @@ def fused_rows(
     block_rows = block_rows or BLOCK_ROWS[hidden_ND.device.type]
     if torch.is_grad_enabled():
         objective, top1_N, *sums = _FusedRows.apply(hidden_ND, weight_VD, teacher, what, block_rows)
-        return FusedRows(objective, tuple(sums), top1_N, None)
-    sums, top1, top5 = [], [], []
+        return FusedRows(objective, tuple(sums), top1_N, None, None)
+    sums, top1, top5, calibration = [], [], [], []
     for rows, logits_NV, spare_NV in _logits(hidden_ND, weight_VD, what, block_rows):
         block_teacher = teacher.rows(rows)
         first_N = logits_NV.gather(1, block_teacher.ids_NK[:, :1]).squeeze(1)
-        top5.append(first_N >= logits_NV.topk(5, 1, sorted=False).values.amin(1))
+        best_N5, ids_N5 = logits_NV.topk(5, 1)
+        top5.append(first_N >= best_N5[:, 4])
+        confidence_N = (best_N5[:, 0] - logits_NV.logsumexp(1)).exp()
+        calibration.append(_calibration(confidence_N, ids_N5[:, 0] == block_teacher.labels_N))
         block = _Block(logits_NV, spare_NV, block_teacher, what)
         sums.append(_sums(block.rows(), what))
         top1.append(block.top1_N)
     totals = _added(sums)
-    return FusedRows(_weighted(totals, what), totals, torch.cat(top1), torch.cat(top5))
+    return FusedRows(_weighted(totals, what), totals, torch.cat(top1), torch.cat(top5), torch.stack(calibration).sum(0))
 
 
 class _FusedRows(torch.autograd.Function):
@@ -110,6 +118,12 @@ class _FusedRows(torch.autograd.Function):
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         grad_weight_VD = (grad_weight_VD * grad_objective).to(ctx.weight_dtype)
         return grad_hidden_ND * grad_objective.to(grad_hidden_ND.dtype), grad_weight_VD, None, None, None
+
+
+def _calibration(confidence_N: Tensor, hit_N: Tensor) -> Tensor:
+    bins_N = (confidence_N * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+    values_N3 = torch.stack([torch.ones_like(confidence_N), confidence_N, hit_N.to(confidence_N.dtype)], 1)
+    return values_N3.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins_N, values_N3)
 
 
 def rows_from_logits(logits_NV: Tensor, teacher: TeacherRows, what: RowObjective) -> tuple[Tensor, tuple[Tensor, ...]]:

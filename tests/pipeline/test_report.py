@@ -1,0 +1,141 @@
+"""The report is one whole page: every curve of the log, nothing from elsewhere, words escaped, light and dark."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline import steps
+from pipeline.history import Curve
+from pipeline.report import REPORT, chart, write_report
+from pipeline.run import RunFolder
+from pipeline.sinks import listening
+from pipeline.summary import evaluation_lines
+from pipeline.word_problems import final_answer
+from stages.events import Metric
+
+VOID = {"meta", "line", "polyline", "circle"}
+
+
+class Outline(HTMLParser):
+    """Fails on tags that do not close in order; collects text and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def run(finished_run: Path) -> RunFolder:
+    run = RunFolder(finished_run)
+    with listening(run.events) as emit:
+        for step in range(1, 40):
+            values = {"kl": 5.0 / step, "lr": 1e-3, "kept": 0.99, "data_wait": 0.001, "<i>own</i>": float(step)}
+            emit(Metric(stage="distill", step=step, values=values))
+    evaluate = run.summary()["evaluate"]
+    run.report("evaluate", {**evaluate, "samples": [{"prompt": "<script>x</script>", "answer": "&", "label": "2"}]})
+    return run
+
+
+def test_it_holds_every_curve_and_needs_no_other_file(run: RunFolder) -> None:
+    path = write_report(run)
+    assert path == run.path / REPORT
+    page = path.read_text(encoding="utf-8")
+    outline = Outline()
+    outline.feed(page)
+    assert outline.open == []
+    assert outline.tags.count("svg") == 5
+    assert not {"script", "link", "img", "iframe"} & set(outline.tags)
+    assert not {"src", "href"} & {name for name, _ in outline.attributes}
+    assert "url(" not in page
+    assert "&lt;script&gt;x" in page
+    assert "&lt;i&gt;own" in page
+    labels = [value for name, value in outline.attributes if name == "aria-label"]
+    assert "KL to the teacher, nats: 0.128 at step 39" in labels
+    assert not list(run.path.glob(f".{REPORT}*")), "no half-written file is left"
+
+
+def test_a_curve_is_where_its_values_are_and_breaks_where_there_are_none() -> None:
+    curve = Curve()
+    for step, value in [(0, 0.0), (10, 10.0), (20, math.nan), (30, 5.0), (40, 0.0)]:
+        curve.add(step, value)
+    drawn = chart("it", curve)
+    pieces = re.findall(r'points="([^"]+)"', drawn)
+    dots = [[tuple(map(float, dot.split(","))) for dot in piece.split()] for piece in pieces]
+    assert [len(piece) for piece in dots] == [2, 2]
+    (low, high), (half, end) = dots
+    assert low[1] == end[1] > half[1] > high[1], "more is higher up"
+    assert half[1] == pytest.approx((low[1] + high[1]) / 2, abs=0.1)
+    assert high[0] - low[0] == pytest.approx(end[0] - half[0], abs=0.1)
+    assert ">10</text>" in drawn
+
+
+@pytest.mark.parametrize("values", [[1.0], [3.0, 3.0], [0.0, 0.0], [1e-9, 2e-9], [-5.0, 1e6], [math.inf]])
+def test_any_values_can_be_drawn(values: list[float]) -> None:
+    curve = Curve()
+    for step, value in enumerate(values):
+        curve.add(step, value)
+    assert "nan" not in chart("it", curve).replace("no finite value", "")
+
+
+def test_a_browser_shows_it_light_and_dark(run: RunFolder) -> None:
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    path = write_report(run)
+    with sync_playwright() as playwright:
+        if program is None and not Path(playwright.chromium.executable_path).exists():
+            pytest.skip("no Chromium here: apt-get install chromium, or playwright install chromium")
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        grounds = {}
+        for scheme in ("light", "dark"):
+            page = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 800})
+            complaints: list[str] = []
+            page.on("console", lambda message, complaints=complaints: complaints.append(message.text))
+            page.goto(path.as_uri())
+            grounds[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, "no sideways scrolling on a phone"
+            assert page.locator("svg").count() == 5
+            assert complaints == []
+        browser.close()
+    bright = {scheme: sum(map(int, re.findall(r"\d+", ground))) for scheme, ground in grounds.items()}
+    assert bright["light"] > 600 > bright["dark"]
+
+
+def test_evaluation_measures_seen_and_unseen_records_answers_and_speed(finished_run: Path) -> None:
+    run = RunFolder(finished_run)
+    facts = steps.evaluate(run, shards=None)
+    assert facts["training"]["positions"] > 0
+    assert facts["training"] != facts["validation"]
+    assert 0 <= facts["validation"]["ece"] <= 1
+    assert facts["positions_per_s"] > 0 < facts["generated_tokens_per_s"]
+    assert facts["exact_match"] == 0.0, "an untrained student solves nothing"
+    lines = "\n".join(evaluation_lines(facts, run))
+    assert "exact match     0.0% of" in lines
+    assert "seen in training  KL" in lines
+    assert (run.path / REPORT).is_file()
+    assert steps.evaluate(run, shards=None) == facts
+
+
+def test_an_answer_comes_to_its_last_line() -> None:
+    assert final_answer("5 + 5 = 10\n\n10 \n") == "10"
+    assert final_answer(" \n") == ""
