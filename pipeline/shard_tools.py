@@ -1,4 +1,4 @@
-"""What the command line makes out of shard sets, without the teacher: an export, a merged set, a smaller one."""
+"""What the command line makes out of shard sets, without the teacher: an export, a merged set, …"""
 
 from __future__ import annotations
 
@@ -56,6 +56,36 @@ def reselect(place: str, target: str, *, k: int, mass: float | None, floor: floa
         selection = Selection(kind=kind, k=k, mass=1.0 if mass is None else mass, floor=floor or 0.0)
         manifest = reselect_set(source, target, selection, progress=progress)
     return [_made("reselected", manifest, target)]
+
+
+def import_cache(dump: Path, target: Path, *, teacher: str, k: int, thinking: bool) -> list[str]:
+    """Make a set of what vLLM dumped. Raises UsageError where there is no dump."""
+    from pipeline.assets import teacher_folder
+    from stages.teacher_cache.dumps import import_dump
+    from stages.teacher_cache.settings import CacheSettings
+
+    if not dump.is_file():
+        raise UsageError(f"no dump {dump}", hint="name a file with one JSON object a line")
+    with listening() as emit, _usage("fewer --k than the vocabulary has ids"):
+        folder = teacher_folder(teacher, None, emit)
+
+        def told(done: int, total: int) -> None:
+            emit(Progress(stage="import-cache", done=done, total=total, unit="bytes"))
+
+        manifest = import_dump(
+            dump,
+            target,
+            teacher=teacher,
+            teacher_folder=folder,
+            k=k,
+            pca_width=CacheSettings().pca_width,
+            thinking=thinking,
+            progress=told,
+        )
+    return [
+        _made("imported", manifest, str(target)),
+        "           the tail is not known: losses that need it refuse this set",
+    ]
 
 
 def _made(word: str, manifest: Manifest, target: str) -> str:

@@ -1,0 +1,153 @@
+"""A dump of vLLM's `prompt_logprobs` as shards: the k most probable ids, of a tail that nobody summed up.
+
+One JSON object a line:
+
+    {"prompt_token_ids": [5, 17, …],                  prompt and response
+     "prompt_logprobs": [null, {"17": {"logprob": -0.1, …}, …}, …],
+     "prompt_length": 12, "id": "…", "split": "dev"}
+
+The first two are as vLLM's `RequestOutput` and its OpenAI server name them; a log-probability may also stand bare.
+`prompt_length` says how many tokens come before the response (1), `id` names the sample (its line), `split` is train
+(the default) or dev. vLLM adds the token that stands at a position to its k most probable: what exceeds k is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.contract import Contract, Selection
+from shards.errors import InvalidRecord
+from shards.learnt import EXAMPLES, tables_budget, with_tables
+from shards.manifest import Manifest, begin, is_sealed, read_manifest, seal
+from shards.planes2.codec import Planes2
+from shards.record import Record
+from shards.storage import LocalStorage
+from shards.units import ShardInfo, describe, published_units
+from shards.validation import require_valid
+from shards.writer import write_shard
+from stages.corpus.fingerprint import sha256_of
+from stages.corpus.tokenizer import ChatTokenizer
+from stages.errors import StageError
+from stages.teacher_cache.teacher import publish_teacher, read_facts, weights_fingerprint
+
+SPLITS = ("train", "dev")
+RECORDS_PER_SHARD = 512
+ENGINE = "vllm prompt_logprobs dump"
+
+
+def import_dump(
+    dump: Path,
+    target: Path,
+    *,
+    teacher: str,
+    teacher_folder: Path,
+    k: int,
+    pca_width: int,
+    thinking: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Make a shard set of a dump; stopped and called again, it goes on. `progress` is told bytes of the dump.
+
+    `teacher_folder` holds the model that was dumped: it gives the set its tokenizer, vocabulary and head. Raises
+    StageError naming the line that is none, ContractMismatch where `target` holds another set.
+    """
+    facts, tokenizer = read_facts(teacher_folder), ChatTokenizer.load(teacher_folder, thinking=thinking)
+    contract = Contract(
+        codec=Planes2.name,
+        teacher=teacher,
+        teacher_fingerprint=weights_fingerprint(teacher_folder),
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=facts.vocab_size,
+        start_token_id=tokenizer.start_token_id,
+        end_token_id=tokenizer.end_token_id,
+        selection=Selection(kind="topk", k=k, tail_known=False),
+        attention=None,
+        corpus_fingerprint=sha256_of(dump),
+        engine=ENGINE,
+        dtype="unknown",
+    )
+    storage = LocalStorage(target)
+    examples = [record for _, record, _ in islice(read_dump(dump, contract), EXAMPLES)]
+    budget = tables_budget(RECORDS_PER_SHARD * max(1, int(np.mean([record.positions for record in examples]))))
+    contract, tables = with_tables(storage, contract, lambda: examples, budget=budget)
+    begin(storage, contract)
+    if is_sealed(storage):
+        return read_manifest(storage)
+    there, total, infos = published_units(storage), dump.stat().st_size, list[ShardInfo]()
+    for unit, split, records, done in _units(read_dump(dump, contract)):
+        if unit in there:
+            infos.append(describe(storage, there[unit], contract).info)
+        else:
+            infos.append(write_shard(storage, unit, split, contract, records, tables=tables))
+        if progress is not None:
+            progress(done, total)
+    publish_teacher(teacher_folder, target, pca_width=pca_width, thinking=thinking)
+    return seal(storage, contract, infos)
+
+
+def read_dump(dump: Path, contract: Contract) -> Iterator[tuple[str, Record, int]]:
+    """Split, record, and how many bytes are read by then, of each line. Raises StageError naming the line."""
+    number, done = 0, 0
+    with dump.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            done += len(line)
+            try:
+                found: dict[str, Any] = json.loads(line)
+                split, record = found.get("split", "train"), _record(found, number, contract.selection.k)
+                if split not in SPLITS:
+                    raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+                require_valid(record, contract)
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, InvalidRecord) as error:
+                raise StageError(
+                    f"{dump}, line {number}: {error}",
+                    hint="each line must be what vLLM says of one sample, with at least --k ids a position",
+                ) from error
+            yield split, record, done
+    if not number:
+        raise StageError(f"{dump} is empty", hint="dump prompt_logprobs first, one JSON object a line")
+
+
+def _record(found: Mapping[str, Any], number: int, k: int) -> Record:
+    tokens, dumped = found["prompt_token_ids"], found["prompt_logprobs"]
+    prompt = found.get("prompt_length", 1)
+    if type(prompt) is not int or not 1 <= prompt < len(tokens) or len(dumped) != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens, {len(dumped)} positions, a prompt of {prompt!r}")
+    rows = [_most_probable(dumped[position], position, k) for position in range(prompt, len(tokens))]
+    unknown_N = np.full(len(rows), np.nan, np.float32)
+    return Record(
+        sample_id=str(found.get("id", f"line-{number}")),
+        prompt_ids_P=np.array(tokens[:prompt], np.int32),
+        response_ids_R=np.array(tokens[prompt:], np.int32),
+        first_position=0,
+        ids_NK=np.array([[id_ for id_, _ in row] for row in rows], np.int32),
+        logprobs_NK=np.array([[logprob for _, logprob in row] for row in rows], np.float32),
+        log_tail_N=unknown_N,
+        entropy_N=unknown_N,
+    )
+
+
+def _most_probable(said: Mapping[str, Any] | None, position: int, k: int) -> list[tuple[int, float]]:
+    pairs = [(int(id_), float(at["logprob"] if isinstance(at, dict) else at)) for id_, at in (said or {}).items()]
+    if len(pairs) < k:
+        raise ValueError(f"position {position} has {len(pairs)} ids, not {k}")
+    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:k]
+
+
+def _units(records: Iterator[tuple[str, Record, int]]) -> Iterator[tuple[str, str, list[Record], int]]:
+    """Name, split, records and bytes read of every shard, each full but the last of its split."""
+    waiting: dict[str, list[Record]] = {split: [] for split in SPLITS}
+    written, done = dict.fromkeys(SPLITS, 0), 0
+    for split, record, done in records:
+        waiting[split].append(record)
+        if len(waiting[split]) == RECORDS_PER_SHARD:
+            yield f"{split}-{written[split]:05d}", split, waiting[split], done
+            waiting[split], written[split] = [], written[split] + 1
+    for split, rest in waiting.items():
+        if rest:
+            yield f"{split}-{written[split]:05d}", split, rest, done
