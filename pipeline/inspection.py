@@ -91,6 +91,7 @@ def _lines(facts: Inspection) -> list[str]:
         "checksum": f"{checked} as written" if facts.checksum.intact else "; ".join(facts.checksum.damage.values()),
     }
     lines = [f"{name:<10} {fact}" for name, fact in rows.items()]
+    lines += [f"fidelity   {name}: {value:.4g}" for name, value in facts.fidelity.items()]
     return lines + (_sample_lines(facts.sample) if facts.sample else [])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from shards.contract import Contract
 from shards.errors import ShardError
+from shards.manifest import FIDELITY_FILE
 from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
 from shards.sample_view import Decode, SampleView, view_sample
@@ -76,6 +78,8 @@ class Inspection:
     entropy: Spread
     """Of the records' mean entropy, in nats."""
     checksum: Checksum
+    fidelity: Mapping[str, float]
+    """What stage one measured against the teacher itself, by name; empty where it did not, and for a shard alone."""
     sample: SampleView | None
 
 
@@ -117,7 +121,7 @@ def _inspect_shard(
             _require_sample(called, show.sample, len(shard))
             decode = _decode_beside(folder, show, cache)
             view = view_sample(shard, show.sample, decode=decode, positions=show.positions)
-        return _inspection(called, [shard], shard.numbers, shards=1, size=shard.size, sample=view)
+        return _inspection(called, [shard], shard.numbers, shards=1, size=shard.size, fidelity={}, sample=view)
 
 
 def _inspect_set(shards: ShardSet, show: Request | None) -> Inspection:
@@ -131,7 +135,15 @@ def _inspect_set(shards: ShardSet, show: Request | None) -> Inspection:
     first = {info.split: info for info in reversed(shards.manifest.shards)}
     opened = [shards.open(first[split]) for split in shards.splits]
     numbers = partial(shards.columns.numbers, rows=slice(None))
-    return _inspection(shards.where, opened, numbers, shards=totals["shards"], size=totals["bytes"], sample=view)
+    return _inspection(
+        shards.where,
+        opened,
+        numbers,
+        shards=totals["shards"],
+        size=totals["bytes"],
+        fidelity=_fidelity(shards),
+        sample=view,
+    )
 
 
 def _inspection(
@@ -141,6 +153,7 @@ def _inspection(
     *,
     shards: int,
     size: int,
+    fidelity: Mapping[str, float],
     sample: SampleView | None,
 ) -> Inspection:
     positions = numbers("positions")
@@ -159,8 +172,17 @@ def _inspection(
         coverage=Spread.of(numbers("mean_coverage")),
         entropy=Spread.of(numbers("mean_entropy")),
         checksum=Checksum(intact=not damage, damage=damage),
+        fidelity=fidelity,
         sample=sample,
     )
+
+
+def _fidelity(shards: ShardSet) -> Mapping[str, float]:
+    if FIDELITY_FILE not in shards.manifest.teacher_files:
+        return {}
+    shards.verify_teacher_file(FIDELITY_FILE)
+    found: Mapping[str, float] = json.loads((shards.teacher_folder / FIDELITY_FILE).read_text(encoding="utf-8"))
+    return found
 
 
 def _bytes_by_column(opened: Sequence[ShardReader]) -> dict[str, int]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shards.contract import Contract
-from shards.errors import Incomplete
+from shards.errors import Corrupt, Incomplete
 from shards.inspect import Inspection, Request, inspect
+from shards.manifest import begin, publish_teacher_files, seal
 from shards.record import Record
 from shards.sample_view import Decode, SampleView
-from shards.writer import build_shard
+from shards.writer import build_shard, write_shard
 
 
 def numbers(_: Path) -> Decode:
@@ -60,6 +62,20 @@ def test_a_set(folder: Path, contract: Contract, written: list[Record]) -> None:
     assert facts.coverage.minimum == pytest.approx(
         min(inspect(path).coverage.minimum for path in folder.glob("*.arrow"))
     )
+
+
+def test_what_was_measured_against_the_teacher_is_shown(
+    tmp_path: Path, contract: Contract, written: list[Record]
+) -> None:
+    measured = {"positions": 512.0, "KL(full || decoded), the rest as one, mean": 1.6e-4}
+    begin(tmp_path, contract)
+    folder = publish_teacher_files(tmp_path, {"fidelity.json": json.dumps(measured).encode()})
+    seal(tmp_path, contract, [write_shard(tmp_path, "train-0", "train", contract, written)], teacher_folder=folder)
+    assert inspect(tmp_path).fidelity == measured
+    assert inspect(tmp_path / "train-0.arrow").fidelity == {}
+    (tmp_path / "teacher" / "fidelity.json").write_text("{}")
+    with pytest.raises(Corrupt, match=r"fidelity\.json differs"):
+        inspect(tmp_path)
 
 
 def test_a_sample_in_words(folder: Path, contract: Contract, written: list[Record]) -> None:
