@@ -55,7 +55,7 @@ def level_roots(steps: int) -> Float64:
     return roots
 
 
-def steps_for(k: float, kl: float = 1.65e-4) -> int:
+def steps_for(k: float, kl: float = 1.57e-4) -> int:
     """The S at which k entries a position cost this much KL, within its bounds."""
     return int(np.clip(np.rint(np.sqrt(k / (6 * kl))), LEAST_STEPS, MOST_STEPS))
 

@@ -383,7 +383,10 @@ def test_tables_keep_to_their_budget() -> None:
     rng = np.random.default_rng(0)
     records = [record_of(contract, rng, positions=100) for _ in range(6)]
     full, small = learn_tables(records, contract), learn_tables(records, contract, budget=1 << 11)
-    assert len(small) < (1 << 11) + 2_000 < len(full) < (1 << 16) + 2_000
+    for data, budget in ((full, 1 << 16), (small, 1 << 11)):
+        tables = Tables.from_bytes(data, 10_000)
+        assert 2 * (len(tables.common) + sum(map(len, tables.leading))) <= budget
+    assert len(small) < 0.75 * len(full)
 
 
 def test_a_contract_without_its_tables_is_refused() -> None:
