@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stages.student.decoder import DecoderLayer
@@ -21,7 +22,7 @@ from stages.student.model import MiniCodformerForConditionalGeneration as Model
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """Cross-attention keys (scaled, [L, H, E, P]) and values ([L, H, P, E]) of one prompt, and the state it primes."""
+    """Cross-attention keys and values of one prompt, [L, 1, H, P, E] each, and the state that it primes."""
 
     keys: Tensor
     values: Tensor
@@ -54,9 +55,9 @@ def encode(model: Model, prompts: Sequence[Sequence[int]]) -> list[EncodedPrompt
         keys, values, memories = [], [], []
         for layer in _layers(model):
             cross = layer.cross
-            key, value = (split_heads(part, cross.heads)[0] for part in cross.key_value(hidden_1PD).chunk(2, -1))
-            keys.append((cross.key_norm(key) * key.shape[-1] ** -0.5).transpose(-1, -2).contiguous())
-            values.append(value.contiguous())
+            key, value = (split_heads(part, cross.heads) for part in cross.key_value(hidden_1PD).chunk(2, -1))
+            keys.append(cross.key_norm(key))
+            values.append(value)
             memories.append(_first_memory(layer.mixer, hidden_1PD))
         encoded.append(EncodedPrompt(torch.stack(keys), torch.stack(values), torch.stack(memories)))
     return encoded
@@ -107,10 +108,10 @@ def advance(model: Model, tokens: Sequence[int], state: DecoderState) -> Tensor:
         hidden_BD = hidden_BD + mixer.motor_output(read_B1D, normed_BD[:, None])[:, 0]
         query_BHE = cross.query_norm(cross.query(layer.cross_norm(hidden_BD)).unflatten(-1, (cross.heads, -1)))
         read = [
-            torch.bmm(torch.bmm(query_HE[:, None], prompt.keys[index]).softmax(-1), prompt.values[index])
-            for query_HE, prompt in zip(query_BHE.unbind(0), state.prompts, strict=True)
+            F.scaled_dot_product_attention(query_1H1E, prompt.keys[index], prompt.values[index])
+            for query_1H1E, prompt in zip(query_BHE[:, :, None].split(1), state.prompts, strict=True)
         ]
-        hidden_BD = hidden_BD + cross.out(torch.stack(read).flatten(1))
+        hidden_BD = hidden_BD + cross.out(torch.cat(read).flatten(1))
         hidden_BD = hidden_BD + layer.mlp(layer.mlp_norm(hidden_BD))
     logits_BV: Tensor = model.lm_head(model.output_hidden(model.model.decoder.norm(hidden_BD)))
     return logits_BV
