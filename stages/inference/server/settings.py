@@ -15,9 +15,9 @@ class ServerSettings:
     """0 takes any free one."""
     api_key: str | None = None
     """Asked of every request but those for the page's own files, /health and /ready."""
-    slots: int = 32
+    slots: int = 64
     """Answers written together."""
-    queue: int = 64
+    queue: int = 128
     """Answers that may wait for a slot."""
     max_prompt_tokens: int = 4096
     max_new_tokens: int = 1024
