@@ -126,19 +126,13 @@ class Scheduler:
         """Whether the thread works. Only an error of our own ends it before `close`."""
         return self._thread.is_alive()
 
-    def close(self, patience: float = 0.0) -> bool:
-        """Refuse new answers, give those under way `patience` seconds, and end the thread: were all finished?
-
-        Listeners of answers that were not finished hear Closed.
-        """
+    def close(self) -> None:
+        """Take no more answers and end the thread; listeners of answers that are not finished hear Closed."""
         with self._changed:
-            self._taking = False
-            finished = self._changed.wait_for(lambda: not self._listeners, timeout=patience)
-            self._ended = True
+            self._taking, self._ended = False, True
             self._changed.notify_all()
         self._thread.join()
         self._tell([(answer, Closed("the server is shutting down")) for answer in self._listeners])
-        return finished
 
     def _seconds_until_room(self, excess: int) -> float:
         """When the `excess` shortest answers under way are finished, at the present pace."""

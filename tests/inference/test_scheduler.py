@@ -168,7 +168,7 @@ def test_S2_a_cancelled_answer_frees_its_slot_whether_it_ran_or_waited(student: 
     ear.wait(again)
     assert len(running.token_ids) == count, "nobody writes on"
     scheduler.cancel([again])
-    assert scheduler.close()
+    scheduler.close()
 
 
 def test_an_error_of_the_model_reaches_those_who_asked_and_nobody_after(
@@ -192,21 +192,14 @@ def test_an_error_of_the_model_reaches_those_who_asked_and_nobody_after(
     assert scheduler.load().running == 0
 
 
-def test_S2_closing_lets_those_under_way_finish_and_takes_no_more(student: Student, answers: dict[str, str]) -> None:
-    scheduler, ear = Scheduler(student.model, slots=2, queue=8), Ear()
-    given = [student.answer(student.prompt_ids("count"), Sampling()) for _ in range(6)]
-    scheduler.submit(given, ear)
-    assert scheduler.close(PATIENCE)
-    assert [answer.text for answer in given] == [answers["count"]] * 6
-    with pytest.raises(Closed):
-        scheduler.submit([student.answer([5], Sampling())], ear)
-
-
-def test_closing_without_patience_tells_those_who_wait(student: Student) -> None:
+def test_closing_tells_those_who_wait_and_takes_no_more(student: Student) -> None:
     scheduler, ear = Scheduler(student.model, slots=1, queue=8), Ear()
     running, waiting = endless(student), endless(student)
     scheduler.submit([running, waiting], ear)
     ear.wait(running, pieces=1)
-    assert not scheduler.close()
+    scheduler.close()
     assert isinstance(ear.of(running)[-1], Closed)
     assert isinstance(ear.of(waiting)[-1], Closed)
+    assert not scheduler.taking
+    with pytest.raises(Closed):
+        scheduler.submit([student.answer([5], Sampling())], ear)

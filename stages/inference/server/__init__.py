@@ -1,5 +1,5 @@
 """The student over HTTP, in OpenAI's protocol.
 
-A request becomes answers (`requests`), the answers are written together with everybody else's (`asking`), and come
+A request becomes answers (`requests`), which are written together with everybody else's (`service`, `ticket`) and come
 back whole or as a stream (`responses`). `guard` stands before all of it, `app` joins the parts, `process` runs them.
 """
