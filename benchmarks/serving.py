@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import re
 import statistics
@@ -41,7 +42,7 @@ from stages.inference.stepping import advance, encode, fresh
 from stages.student.model import build_student
 from stages.student.shape import StudentShape
 
-CLIENTS, REQUESTS_EACH, ROUNDS = 32, 3, 3
+CLIENTS, REQUESTS_EACH, ROUNDS = 32, 2, 3
 PROMPT_TOKENS, NEW_TOKENS = (128, 512), 64
 ALONE = 4
 """Prompts that `generate` answers between two rounds."""
@@ -250,7 +251,8 @@ def main() -> None:
     write(
         "serving",
         rows,
-        clock="wall time; medians over rounds in which server and generate take turns",
+        clock="wall time; medians over rounds in which server and generate take turns; "
+        f"the machine's load was {os.getloadavg()[1]:.1f}",
         packages=("torch", "transformers", "fastapi", "uvicorn"),
         threads=torch.get_num_threads(),
     )
