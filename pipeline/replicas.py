@@ -20,12 +20,13 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from pipeline.errors import PipelineError
-from pipeline.launch import Machine, count_replicas
+from pipeline.launch import Machine, count_replicas, device_memory
 from shards.errors import ShardError
 from shards.record import Float32, Record
 from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Note
+from stages.teacher_cache.preflight import Devices
 from stages.teacher_cache.replica import STAGE, EngineFacts, EngineOrder, InProcess, ReplicaDied, Spread, in_process
 
 ADDRESS = "RAY_ADDRESS"
@@ -34,6 +35,8 @@ _STARTS = 3
 _POLL_S = 1.0
 _PATIENCE_S = 600.0
 """How long the first replica may wait for its devices."""
+_ANSWER_S = 10.0
+"""Within which a cluster's head must answer."""
 _OBJECT_STORE_BYTES = 1 << 30
 """Records on their way; each is taken out at once."""
 _DETAIL = re.compile(r"Worker exit type: (\w+) Worker exit detail: ([^.]+)\.")
@@ -94,6 +97,8 @@ class RayReplica:
 
     def start(self, wanted: Callable[[], bool]) -> bool:
         for _ in range(_STARTS):
+            if not wanted():
+                return False
             try:
                 loading = self._living().start.remote()
                 while wanted():
@@ -168,8 +173,7 @@ def replicas(gpus: int | None, tensor_parallel: int, here: Machine, sizes: Seque
 
     Raises UsageError where that count cannot work: see `count_replicas`.
     """
-    cluster = os.environ.get(ADDRESS)
-    if cluster is None:
+    if ADDRESS not in os.environ:
         count = count_replicas(gpus, tensor_parallel, here, sizes)
         if count == 1:
             yield in_process
@@ -178,10 +182,24 @@ def replicas(gpus: int | None, tensor_parallel: int, here: Machine, sizes: Seque
             yield _spread(count, tensor_parallel, here)
         return
     with _ray():
-        held = ray.cluster_resources()
-        there = Machine(gpus=int(held.get("GPU", 0)), cores=int(held.get("CPU", 1)))
+        there = _cluster()
         count = count_replicas(gpus, tensor_parallel, there, sizes)
         yield _spread(count, tensor_parallel, there)
+
+
+def planned(gpus: int | None, tensor_parallel: int, here: Machine, sizes: Sequence[int]) -> Devices:
+    """What `replicas` would make of it, and nothing is made. Raises UsageError as it does."""
+    if ADDRESS not in os.environ:
+        count = count_replicas(gpus, tensor_parallel, here, sizes)
+        return Devices(replicas=count, memory=device_memory(here, count * tensor_parallel), gpus=here.gpus > 0)
+    with _ray():
+        there = _cluster()
+    return Devices(replicas=count_replicas(gpus, tensor_parallel, there, sizes), memory=None, gpus=there.gpus > 0)
+
+
+def _cluster() -> Machine:
+    held = ray.cluster_resources()
+    return Machine(gpus=int(held.get("GPU", 0)), cores=int(held.get("CPU", 1)))
 
 
 def _spread(count: int, tensor_parallel: int, there: Machine) -> Spread:
@@ -192,9 +210,14 @@ def _spread(count: int, tensor_parallel: int, there: Machine) -> Spread:
 
 @contextmanager
 def _ray(**local: Any) -> Iterator[None]:
+    address = os.environ.get(ADDRESS, "local")
     try:
+        host, _, port = address.rpartition(":")
+        if host and port.isdigit() and "/" not in host:
+            # Ray itself would try for two minutes before it says that nobody answers.
+            socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
         ray.init(
-            address=os.environ.get(ADDRESS, "local"),
+            address=address,
             include_dashboard=False if local else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -202,8 +225,8 @@ def _ray(**local: Any) -> Iterator[None]:
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise PipelineError(
-            f"Ray did not start: {error}",
-            hint=f"{ADDRESS} names a cluster that cannot be reached" if not local else "GPUS=1 does without Ray",
+            f"Ray at {address} is not there: {error}" if not local else f"Ray did not start: {error}",
+            hint=f"start it with `ray start --head`, or unset {ADDRESS}" if not local else "GPUS=1 does without Ray",
         ) from error
     try:
         yield

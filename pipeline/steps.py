@@ -100,21 +100,21 @@ def plan_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Iterator[
 
     Raises UsageError where the devices asked for cannot work.
     """
+    from pipeline.replicas import planned
     from stages.corpus.store import read_corpus
-    from stages.teacher_cache.preflight import Devices, preflight
+    from stages.teacher_cache.preflight import preflight
     from stages.teacher_cache.teacher import tensor_parallel_sizes
 
     corpus = read_corpus(PROCESSED)
     teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, silent)
-    here, split = launch.machine(), recipe.teacher.tensor_parallel
-    count = launch.count_replicas(gpus, split, here, tensor_parallel_sizes(teacher, _MOST_DEVICES))
+    sizes = tensor_parallel_sizes(teacher, _MOST_DEVICES)
     yield from preflight(
         corpus=corpus,
         teacher=recipe.teacher,
         cache=recipe.cache,
         teacher_folder=teacher,
         folder=run.shards,
-        devices=Devices(replicas=count, memory=launch.device_memory(here, count * split), gpus=here.gpus > 0),
+        devices=planned(gpus, recipe.teacher.tensor_parallel, launch.machine(), sizes),
     )
 
 

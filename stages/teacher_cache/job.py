@@ -127,7 +127,8 @@ class Job:
                     self._advance(len(said.response_ids_R))
         except ReplicaDied as death:
             self._advance(-sum(len(record.response_ids_R) for record in records))
-            self._say(f"{replica.name} died over {_named(part)} and starts anew: {death}", "warning")
+            if self._list.is_open():  # else it was stopped, which is no news
+                self._say(f"{replica.name} died over {_named(part)} and starts anew: {death}", "warning")
             return self._list.died(part, str(death))
         return self._list.finish(part, records)
 

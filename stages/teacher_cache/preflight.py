@@ -46,8 +46,8 @@ class Devices:
     """What the copies of the teacher are given."""
 
     replicas: int
-    memory: int
-    """Bytes of one device, or of this machine's share for one process."""
+    memory: int | None
+    """Bytes of one device, or of this machine's share for one process; None where it cannot be seen from here."""
     gpus: bool
 
 
@@ -150,13 +150,15 @@ def _memory(teacher: TeacherSettings, teacher_folder: Path, devices: Devices) ->
     head = facts.vocab_size * facts.hidden_size * 4 if teacher.head_dtype == "float32" else 0
     logits = min(teacher.max_batched_tokens, teacher.max_model_len) * facts.vocab_size * 4
     needed = (weights + cached + head) // teacher.tensor_parallel + min(logits, _LOGITS_BYTES)
-    share = teacher.gpu_memory_utilization if devices.gpus else 1.0
     told = (
         f"weights {weights / _GIB:.1f}, keys and values {cached / _GIB:.1f}, head in fp32 {head / _GIB:.1f} GiB over "
-        f"{teacher.tensor_parallel}, logits {min(logits, _LOGITS_BYTES) / _GIB:.2f}: {needed / _GIB:.1f} of "
-        f"{devices.memory * share / _GIB:.1f} GiB a device"
+        f"{teacher.tensor_parallel}, logits {min(logits, _LOGITS_BYTES) / _GIB:.2f}: {needed / _GIB:.1f} GiB a device"
     )
-    fits = needed <= devices.memory * share
+    if devices.memory is None:
+        return Check(name="memory", ok=True, fact=f"{told}; what the cluster's have is not seen from here")
+    there = devices.memory * (teacher.gpu_memory_utilization if devices.gpus else 1.0)
+    told = f"{told} of {there / _GIB:.1f}"
+    fits = needed <= there
     return Check(name="memory", ok=fits, fact=told if fits else f"{told}; raise teacher.tensor_parallel (TP=…)")
 
 

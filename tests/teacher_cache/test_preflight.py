@@ -27,7 +27,7 @@ GIB = 1 << 30
 def look(smollm2: Path, tmp_path: Path) -> Callable[..., dict[str, Check]]:
     """The checks of a run with the real teacher, by name."""
 
-    def look(corpus: Corpus, memory: int = 8 * GIB, **settings: object) -> dict[str, Check]:
+    def look(corpus: Corpus, memory: int | None = 8 * GIB, **settings: object) -> dict[str, Check]:
         teacher = TeacherSettings(dtype="bfloat16", **settings)
         devices = Devices(replicas=2, memory=memory, gpus=True)
         checks = preflight(
@@ -62,10 +62,16 @@ def test_the_plan_and_its_needs_are_counted(
 
 
 @pytest.mark.parametrize(
-    ("memory", "split", "fits"), [(8 * GIB, 1, True), (2 * GIB // 5, 1, False), (2 * GIB // 5, 3, True)]
+    ("memory", "split", "fits"),
+    [(8 * GIB, 1, True), (2 * GIB // 5, 1, False), (2 * GIB // 5, 3, True), (None, 1, True)],
 )
 def test_memory_is_what_one_device_holds(
-    recorded: ModuleType, smollm2: Path, look: Callable[..., dict[str, Check]], memory: int, split: int, fits: bool
+    recorded: ModuleType,
+    smollm2: Path,
+    look: Callable[..., dict[str, Check]],
+    memory: int | None,
+    split: int,
+    fits: bool,
 ) -> None:
     check = look(recorded.make_corpus(smollm2), memory, tensor_parallel=split, max_batched_tokens=256)["memory"]
     assert check.ok == fits

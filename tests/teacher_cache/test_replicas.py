@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from pipeline.errors import PipelineError
 from pipeline.launch import Machine
 from pipeline.replicas import replicas
 from shards.manifest import is_sealed
@@ -158,3 +160,13 @@ def test_memory_that_never_suffices_ends_the_run(tmp_path: Path, recorded: Modul
     with pytest.raises(StageError, match=r"even with 64 tokens a step: CUDA out of memory\. Tried") as ended:
         recorded.fill(tmp_path, recorded_teacher, before=fail)
     assert "tensor_parallel" in ended.value.hint
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(PipelineError, match=address) as refused, replicas(2, 1, Machine(gpus=0, cores=2), [1]):
+        pass
+    assert "ray start" in refused.value.hint
