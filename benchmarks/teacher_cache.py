@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ from safetensors import safe_open
 from benchmarks.record import Row, compare, write
 from pipeline.assets import teacher_folder
 from shards.contract import AttentionSpec, Contract, Selection
-from shards.topk_planes import TopkPlanes1
+from shards.planes2.calibration import learn_tables
+from shards.planes2.codec import Planes2
+from shards.planes2.tables import fingerprint
+from shards.record import Record
 from shards.writer import build_shard
 from stages.corpus.sample import Sample
 from stages.events import silent
@@ -124,14 +128,14 @@ def measure(folder: Path) -> dict[str, list[float]]:
                 spent[name].append(seconds(work))
         signals = list(engine.capture(samples))
     records = [to_record(sample, signal) for sample, signal in zip(samples, signals, strict=True)]
-    spent["encode"] = [seconds(lambda: build_shard("u", "train", contract(), records)) for _ in range(ROUNDS)]
+    spent["encode"] = encoding(records)
     return spent
 
 
-def contract() -> Contract:
-    """Of the shard that the captured records are written to."""
-    return Contract(
-        codec=TopkPlanes1.name,
+def encoding(records: list[Record]) -> list[float]:
+    """CPU seconds of writing the captured records, with tables learnt from them."""
+    contract = Contract(
+        codec=Planes2.name,
         teacher="t",
         teacher_fingerprint="t",
         tokenizer_fingerprint="t",
@@ -139,11 +143,15 @@ def contract() -> Contract:
         start_token_id=0,
         end_token_id=2,
         selection=TOPK,
+        curve=CURVE,
         attention=ATTENTION,
         corpus_fingerprint="c",
         engine="e",
         dtype="d",
     )
+    tables = learn_tables(records, contract)
+    contract = replace(contract, tables=fingerprint(tables))
+    return [seconds(lambda: build_shard("u", "train", contract, records, tables=tables)) for _ in range(ROUNDS)]
 
 
 def rows(spent: dict[str, list[float]]) -> Iterator[Row]:

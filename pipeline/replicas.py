@@ -159,12 +159,11 @@ class RayReplica:
 
 
 def _reason(error: RayError) -> str:
-    """Ray's account of a death, in a few words."""
+    """Ray's account of a death, in a few words; where it has none yet, the connection to the process is gone."""
     found = _DETAIL.search(str(error))
-    if found is None:
-        return str(error).strip().splitlines()[0]
-    kind, detail = found.groups()
-    return "its process was killed or crashed" if kind == "SYSTEM_ERROR" else f"{detail} ({kind})"
+    if found is None or found[1] == "SYSTEM_ERROR":
+        return "its process was killed or crashed"
+    return f"{found[2]} ({found[1]})"
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Emit, Note
 from stages.teacher_cache.replica import STAGE, Replica, ReplicaDied
+from stages.teacher_cache.worklist import DEATHS
 
 _SHARE = 10
 """At most one in so many samples is captured twice."""
-_ATTEMPTS = 3
 
 
 def codec_of(storage: Storage) -> str:
@@ -46,19 +46,27 @@ def calibrated(
 
 
 def _captured(samples: Sequence[Sample], replica: Replica, emit: Emit) -> list[Record]:
+    """What is captured before a death is kept; a sample before which replicas die again and again is left out."""
     emit(Note(stage=STAGE, text=f"learning from {len(samples)} samples how to write the others in few bytes"))
-    for _ in range(_ATTEMPTS):
+    records: list[Record] = []
+    first = deaths = 0
+    while first < len(samples):
         try:
             replica.start(lambda: True)
-            said = list(replica.run(samples))
+            for said in replica.run(samples[first:]):
+                if isinstance(said, Note):
+                    emit(said)
+                else:
+                    records.append(said)
+                    first, deaths = first + 1, 0
         except ReplicaDied as death:
             emit(Note(stage=STAGE, text=f"{replica.name} died and starts anew: {death}", level="warning"))
-            continue
-        for note in said:
-            if isinstance(note, Note):
-                emit(note)
-        return [record for record in said if isinstance(record, Record)]
-    raise StageError(
-        f"{replica.name} died {_ATTEMPTS} times over the samples that the codec learns from",
-        hint="look at its log above; memory is the usual reason: lower teacher.max_batched_tokens",
-    )
+            deaths += 1
+            if deaths == DEATHS:
+                first, deaths = first + 1, 0
+    if not records:
+        raise StageError(
+            f"{replica.name} died over every sample that the codec learns from",
+            hint="look at its log above; memory is the usual reason: lower teacher.max_batched_tokens",
+        )
+    return records

@@ -12,7 +12,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -66,22 +65,30 @@ class RecordedEngine:
 
 
 class Killer:
-    """Kills the process that it is called in: the first `deaths` of them at a random moment, and any at a poison."""
+    """Kills the process that it is called in: the first `deaths` of them at a random sample, and any at a poison."""
 
     def __init__(self, folder: Path, deaths: int = 0, poison: frozenset[int] = frozenset()) -> None:
         self._folder, self._deaths, self._poison = folder, deaths, poison
-        self._armed = False
+        self._left: int | None = None
 
     def __call__(self, sample: Sample) -> None:
         if int(sample.sample_id, 16) in self._poison:
             self._kill("poisoned")
-        if not self._armed:
-            self._armed = True
-            number = len(list(self._folder.glob("armed-*")))
-            if number < self._deaths:
-                (self._folder / f"armed-{os.getpid()}").touch()
-                threading.Timer(random.Random(number).uniform(0.02, 0.3), self._kill, ("shot",)).start()
+        if self._left is None:
+            number = next((number for number in range(self._deaths) if self._claim(number)), None)
+            self._left = 10**9 if number is None else random.Random(number).randint(1, 5)
+        self._left -= 1
+        if self._left == 0:
+            self._kill("shot")
         time.sleep(0.02)
+
+    def _claim(self, number: int) -> bool:
+        """Each death is one process's, however many start at once."""
+        try:
+            (self._folder / f"claimed-{number}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def _kill(self, how: str) -> None:
         (self._folder / f"{how}-{os.getpid()}").touch()

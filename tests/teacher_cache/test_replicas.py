@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -16,9 +16,13 @@ from pipeline.launch import Machine
 from pipeline.replicas import replicas
 from shards.manifest import is_sealed
 from shards.reader import ShardSet
+from shards.record import Record
+from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Event, Metric, Note, Progress
-from stages.teacher_cache.replica import Spread
+from stages.teacher_cache.calibration import _captured
+from stages.teacher_cache.engines.protocol import CaptureSpec
+from stages.teacher_cache.replica import InProcess, ReplicaDied, Spread
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,33 @@ def test_records_that_no_replica_survives_are_rejected_and_the_rest_goes_on(
 def rejects(folder: Path, unit: str) -> list[tuple[int, str, int, str]]:
     lines = map(json.loads, (folder / f"{unit}.rejects-1.jsonl").read_text("utf-8").splitlines())
     return [(int(line["sample_id"], 16), line["split"], line["index"], line["reason"]) for line in lines]
+
+
+def test_the_codec_learns_from_what_survives(recorded: ModuleType, recorded_teacher: Path) -> None:
+    """What was captured before a death is kept, and a sample that takes three replicas with it is left out."""
+    corpus = recorded.make_corpus(recorded_teacher)
+    spec = CaptureSpec(selection=recorded.CACHE.chosen(), attention=recorded.CACHE.attention(4))
+    engine = recorded.RecordedEngine(spec)
+    asked: list[list[int]] = []
+
+    class Mortal(InProcess):
+        name = "replica 0"
+
+        def __init__(self) -> None:
+            self._engine, self._notes = engine, []
+
+        def run(self, samples: Sequence[Sample]) -> Iterator[Record | Note]:
+            asked.append([int(sample.sample_id, 16) for sample in samples])
+            for number, said in zip(asked[-1], super().run(samples), strict=False):
+                if number == 2:
+                    raise ReplicaDied("killed")
+                yield said
+
+    records = _captured(corpus.train[:5], Mortal(), lambda _: None)
+    assert [int(record.sample_id, 16) for record in records] == [0, 1, 3, 4]
+    assert asked == [[0, 1, 2, 3, 4], [2, 3, 4], [2, 3, 4], [3, 4]]
+    with pytest.raises(StageError, match="every sample"):
+        _captured(corpus.train[2:3], Mortal(), lambda _: None)
 
 
 def test_a_unit_short_of_rejected_records_is_resumed_without_them(
