@@ -76,7 +76,7 @@ class Killer:
             self._kill("poisoned")
         if self._left is None:
             number = next((number for number in range(self._deaths) if self._claim(number)), None)
-            self._left = 10**9 if number is None else random.Random(number).randint(1, 5)
+            self._left = 10**9 if number is None else random.Random(number).randint(6, 10)
         self._left -= 1
         if self._left == 0:
             self._kill("shot")
