@@ -166,10 +166,10 @@ def rows(spent: dict[str, list[float]]) -> Iterator[Row]:
 
     yield against("top-k, tail, entropy", plain, bound, "bare prefill + head product", 1 / 1.10)
     for name, title, least in (("prompt_logprobs", "vLLM prompt_logprobs", 2.5), ("flat", "vLLM flat, no text", 1.4)):
-        yield against("top-k, tail, entropy", plain, spent[name], title, None)
+        yield against("top-k, tail, entropy", plain, spent[name], title, least)
         added = [ours - body for ours, body in zip(plain, spent["bare prefill"], strict=True)]
         theirs = [their - body for their, body in zip(spent[name], spent["bare prefill"], strict=True)]
-        yield against("added to bare prefill", added, theirs, title, least)
+        yield against("added to bare prefill", added, theirs, title, None)
     for case, ours, before, share in (
         ("curve added", spent["and curve"], plain, 0.10),
         ("attention of 3 added", spent["and attention"], spent["and curve"], 0.05),
