@@ -7,6 +7,7 @@ version is never changed once shards exist: a better one is a new class with a n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import ClassVar, Protocol
 
 from shards.contract import Contract
@@ -58,4 +59,10 @@ def codec_for(contract: Contract, tables: bytes | None) -> Codec:
         )
     if contract.tables != (None if tables is None else fingerprint(tables)):
         raise Corrupt("its tables are not those that its contract names", hint=RESTORE)
+    return _built(contract, tables)
+
+
+@lru_cache(maxsize=16)
+def _built(contract: Contract, tables: bytes | None) -> Codec:
+    """One for all shards of a set: expanded tables take megabytes."""
     return CODECS[contract.codec](contract, tables)
