@@ -176,6 +176,8 @@ class Outcome:
     result: TrainResult | None
     events: list[Event]
     error: Exception | None = None
+    rates: list[tuple[tuple[float, float], ...]] = dataclasses.field(default_factory=list)
+    """Learning rate and decay of every group, at every call of a step; of ranks in processes of their own."""
     exit_codes: list[int | None] = dataclasses.field(default_factory=list)
 
     @property
@@ -259,18 +261,21 @@ class Ranks:
 
     def join(self) -> Outcome:
         events: list[Event] = []
+        rates: list[tuple[tuple[float, float], ...]] = []
         result, error = None, None
         while (said := self.hear()) is not None:
             if isinstance(said, TrainResult):
                 result = said
             elif isinstance(said, Exception):
                 error = said
+            elif isinstance(said, rank_worker.Rates):
+                rates.append(said.groups)
             else:
                 events.append(said)
         for process in self._processes:
             process.join()
         codes = [process.exitcode for process in self._processes]
-        return Outcome(run=self._run, result=result, events=events, error=error, exit_codes=codes)
+        return Outcome(run=self._run, result=result, events=events, error=error, rates=rates, exit_codes=codes)
 
 
 StartRanks = Callable[..., Ranks]

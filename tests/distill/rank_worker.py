@@ -9,12 +9,14 @@ import os
 import signal
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stages.distill.engine import Engine
 from stages.distill.train import train
 from stages.errors import StageError
 from stages.events import Event
@@ -41,11 +43,29 @@ def run_rank(rank: int, world: int, port: int, arguments: Mapping[str, Any], to_
     def emit(event: Event) -> None:
         to_parent.send(event)
 
+    _tell_rates(to_parent)
     try:
         to_parent.send(train(**arguments, emit=emit))
     except StageError as error:
         to_parent.send(error)
     to_parent.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Learning rate and decay of every parameter group, as a step found them."""
+
+    groups: tuple[tuple[float, float], ...]
+
+
+def _tell_rates(to_parent: Connection) -> None:
+    true_step = Engine.step
+
+    def step(engine: Engine) -> float:
+        to_parent.send(Rates(tuple((group["lr"], group["weight_decay"]) for group in engine.groups)))
+        return true_step(engine)
+
+    Engine.step = step  # type: ignore[method-assign]
 
 
 def _die_at_flush(number: int) -> None:
