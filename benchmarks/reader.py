@@ -5,7 +5,7 @@ Prints a table and writes results/reader.json. The set is synthetic: one real sh
 counted; the file pages may be in memory. Reading is one thread; both orders and both libraries take turns, and
 the figures are medians. Memory is the resident set of the process that reads, mapped pages included.
 
-    python benchmarks/reader.py
+    python -m benchmarks.reader
 """
 
 from __future__ import annotations

@@ -236,8 +236,8 @@ def rows() -> Iterator[Row]:
     for setting, runs in by_setting.items():
         for name, metric in measures:
             ours, theirs = ([facts[name] for facts in part] for part in (by_setting["liquid"], runs))
-            spread = statistics.stdev(theirs) if len(theirs) > 1 else float("nan")
-            label = f"{setting} ±{spread:.3g} ({len(theirs)})"
+            spread = f"±{statistics.stdev(theirs):.2g}, {len(theirs)} seeds" if len(theirs) > 1 else "one seed"
+            label = f"{setting}; {spread}"
             unit, more = ("%", True) if name == "recall" else ("nats", False)
             mean = statistics.fmean
             yield compare("liquid", metric, unit, mean(ours), mean(theirs), label, more_is_better=more)

@@ -7,7 +7,7 @@ adds to the body is compared too.
 Every way runs once a round, the rounds follow one another, and a ratio is the median of the rounds' ratios. Figures are
 CPU time of this process on one core, so that other work on the machine disturbs them little.
 
-    python benchmarks/teacher_cache.py
+    python -m benchmarks.teacher_cache
 """
 
 from __future__ import annotations
