@@ -84,7 +84,7 @@ class LossTerms(NamedTuple):
     objective: Tensor
     """Weighted sum over this batch's positions, times the scale that was asked for."""
     sums: Tensor
-    """The numbers that SUMS names, or EVALUATION_SUMS; fp64, without gradients."""
+    """The numbers that SUMS names, or those of EVALUATION_SUMS and the calibration; fp64, without gradients."""
     score_counts: Tensor
     """fp64, the histogram of `stages.distill.temperature`; empty where no temperature depends on difficulty."""
 

@@ -13,6 +13,7 @@ from selections import SELECTIONS, contract_of, record_of, without_prompt_rows
 
 from shards.record import Record
 from stages.distill.batches import Batch, assemble
+from stages.distill.losses.fused import CALIBRATION_BINS
 from stages.distill.losses.table import LOSSES, DistillationLoss, require_supported
 from stages.distill.objective import EVALUATION_SUMS, SUMS, DistillModule, Emphasis, left_out, told_names
 from stages.distill.settings import TEMPERATURE_MODES, ObjectiveSettings
@@ -177,7 +178,7 @@ def test_without_gradients_the_five_best_are_counted_too(module: DistillModule, 
     batch = assemble([record(index, 0) for index in range(30)], 0)
     with torch.no_grad():
         sums = module(batch).sums
-    assert sums.shape == (len(EVALUATION_SUMS),)
+    assert sums.shape == (len(EVALUATION_SUMS) + 3 * CALIBRATION_BINS,)
     torch.testing.assert_close(sums[: len(SUMS)], module(batch).sums)
 
 
