@@ -83,13 +83,13 @@ class Fidelity:
         head_NK = self._head(record)[1] if k else np.full((record.positions, 1), -np.inf)
         for temperature in TEMPERATURES:
             power = 1 / temperature
-            tail_N = tail_partition(record, self.contract.curve, power)
+            tail_N = tail_partition(record, self.contract.curve, power, self.contract.vocab_size)
             ours_N = np.logaddexp(tail_N, np.logaddexp.reduce(power * head_NK, axis=1))
             theirs_N = np.logaddexp.reduce(power * logprobs_NV, axis=1)
             self._put(f"error of log Z at T = {temperature:g}", np.abs(ours_N - theirs_N))
 
 
-def tail_partition(record: Record, nodes: Sequence[float], power: float) -> Float64:
+def tail_partition(record: Record, nodes: Sequence[float], power: float, vocab_size: int) -> Float64:
     """[N]: log sum p^power outside the exact head: cubic Hermite between the curve's nodes, a line beyond the last.
 
     The node 1 follows from the tail's mass, the entropy and the head.
@@ -98,7 +98,7 @@ def tail_partition(record: Record, nodes: Sequence[float], power: float) -> Floa
     curve_NJ = record.curve_NJ.astype(np.float64)
     values = {node: curve_NJ[:, index] for index, node in enumerate(nodes)}
     slopes = {node: curve_NJ[:, len(nodes) + index] for index, node in enumerate(nodes)}
-    values[1.0], slopes[1.0] = record.log_tail_N.astype(np.float64), _slope_at_one(record)
+    values[1.0], slopes[1.0] = record.log_tail_N.astype(np.float64), _slope_at_one(record, vocab_size)
     lower = max((node for node in values if node <= power), default=None)
     upper = min((node for node in values if node > power), default=None)
     if lower is None or upper is None:
@@ -115,16 +115,22 @@ def tail_partition(record: Record, nodes: Sequence[float], power: float) -> Floa
     return blended
 
 
-def _slope_at_one(record: Record) -> Float64:
-    """d/db log sum p^b at b = 1: the mean of log p under the tail."""
-    entropy_N = record.entropy_N.astype(np.float64)
+def _slope_at_one(record: Record, vocab_size: int) -> Float64:
+    """d/db log sum p^b at b = 1: the mean of log p under the tail.
+
+    It follows from the entropy, whose rounding a thin tail magnifies. But no id of the tail is likelier than the least
+    likely exact one, and no mean of log p lies below that of equal shares.
+    """
+    entropy_N, highest_N = record.entropy_N.astype(np.float64), np.zeros(record.positions)
     if record.logprobs_NK is not None:
         exact_NK = np.isfinite(record.logprobs_NK)
         if record.draws_NK is not None:
             exact_NK &= record.draws_NK == 0
         logprobs_NK = np.where(exact_NK, record.logprobs_NK.astype(np.float64), -np.inf)
+        highest_N = np.where(exact_NK, logprobs_NK, 0.0).min(axis=1)
         entropy_N = entropy_N + np.where(exact_NK, np.exp(logprobs_NK) * np.where(exact_NK, logprobs_NK, 0), 0).sum(1)
-    slope_N: Float64 = -entropy_N / np.exp(record.log_tail_N.astype(np.float64))
+    log_tail_N = record.log_tail_N.astype(np.float64)
+    slope_N: Float64 = np.clip(-entropy_N / np.exp(log_tail_N), log_tail_N - np.log(vocab_size), highest_N)
     return slope_N
 
 
