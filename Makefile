@@ -98,7 +98,8 @@ share: setup ## write the dataset card of a shard set (SHARDS=folder)
 serve: setup ## the newest student (or NAME=run) over HTTP on this machine: a page to chat on, and OpenAI's protocol
 	@$(CLI) serve $(NAME)
 
-BENCHMARKS = $(patsubst benchmarks/results/%.json,%,$(wildcard benchmarks/results/*.json))
+# student_quality trains for hours; it goes on where it stopped: python -m benchmarks.student_quality
+BENCHMARKS = $(filter-out student_quality,$(patsubst benchmarks/results/%.json,%,$(wildcard benchmarks/results/*.json)))
 
 .PHONY: bench
 bench: setup ## every benchmark on this machine, then benchmarks/RESULTS.md (about half an hour on 2 cores)

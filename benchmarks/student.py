@@ -181,6 +181,20 @@ def decode_rows() -> Iterator[Row]:
             )
 
 
+def output_rows() -> Iterator[Row]:
+    """The output layer of a few rows as `Student.load` makes it on a CPU, beside the plain one."""
+    student = make_student()
+    weight = student.output_weight()
+    plain = nn.Linear(WIDTH, VOCAB, bias=False)
+    plain.weight = weight
+    with torch.inference_mode():
+        for rows in (1, 4, 32):
+            hidden = torch.randn(rows, WIDTH)
+            ours = milliseconds(lambda hidden=hidden: student.lm_head(hidden), 16)
+            theirs = milliseconds(lambda hidden=hidden: plain(hidden), 16)
+            yield compare(f"output layer, {rows} rows", "forward", "ms", ours, theirs, "nn.Linear")
+
+
 def teacher_rows() -> Iterator[Row]:
     """Tokens a second beside the teacher's shape under transformers, and what a batch gains."""
     student = make_student()
@@ -218,7 +232,7 @@ def teacher_rows() -> Iterator[Row]:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [row for part in (scan_rows, layer_rows, decode_rows, teacher_rows) for row in part()]
+    rows = [row for part in (scan_rows, layer_rows, decode_rows, output_rows, teacher_rows) for row in part()]
     write(
         "student",
         rows,

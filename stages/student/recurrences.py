@@ -43,7 +43,11 @@ def liquid_step(leak: Tensor, conductance: Tensor, elapsed: Tensor | float, unfo
 
 
 class Recurrence(nn.Module):
-    """The part of a mixer between its command and its motor neurons. `copies` command neurons feed one channel."""
+    """The part of a mixer between its command and its motor neurons. `copies` command neurons feed one channel.
+
+    `forward(command_BTX, real_BT, state_BHEF)` returns what is read at every token, [B, T, D] in fp32, and the last
+    state; `real` is true at tokens and false at padding.
+    """
 
     copies: int
     state_shape: tuple[int, int, int]
@@ -74,10 +78,6 @@ class Recurrence(nn.Module):
         """Leak and conductance in fp32; the last dimensions of `gate` are the neurons."""
         bias = self.conductance_bias.float().view(gate.shape[2:])
         return torch.sigmoid(-self.rho.float()).view(gate.shape[2:]), MAX_CONDUCTANCE * torch.sigmoid(gate + bias)
-
-    def forward(self, command_BTX: Tensor, real_BT: Tensor | None, state_BHEF: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What is read at every token, [B, T, D] in fp32, and the last state. `real` is true at tokens."""
-        raise NotImplementedError
 
 
 class MatrixRecurrence(Recurrence):
