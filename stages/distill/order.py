@@ -66,13 +66,6 @@ def tiled(records: Indices, lengths_N2: Indices, size: int) -> Indices:
     return np.concatenate(pieces)
 
 
-def padding_share(lengths_N2: Indices, micro_batches: Indices) -> float:
-    """The share of a step's tokens that are padding, each micro-batch (the last axis) padded to its own longest."""
-    tokens = lengths_N2[micro_batches]
-    padded = tokens.max(-2).sum() * micro_batches.shape[-1]
-    return 1.0 - float(tokens.sum() / padded)
-
-
 class TrainingOrder:
     """The steps of a run over `lengths_N2.shape[0]` records, for a world of any size.
 

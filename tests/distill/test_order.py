@@ -7,9 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.distill.order import TrainingOrder, padding_share, sharded_pass, share_of_rank
+from stages.distill.order import Indices, TrainingOrder, sharded_pass, share_of_rank
 
 DIVISORS_OF_48 = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
+
+
+def padding_share(lengths_N2: Indices, micro_batches: Indices) -> float:
+    """The share of a step's tokens that are padding, each micro-batch (the last axis) padded to its own longest."""
+    tokens = lengths_N2[micro_batches]
+    padded = tokens.max(-2).sum() * micro_batches.shape[-1]
+    return 1.0 - float(tokens.sum() / padded)
 
 
 def make_order(records: int = 200, seed: int = 0, global_batch: int = 48, bucket_batches: int = 4) -> TrainingOrder:
