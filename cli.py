@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from pipeline.doctor import Row
     from pipeline.recipe import Recipe
@@ -71,6 +71,10 @@ TensorParallelOption = Annotated[
     int | None, typer.Option("--tp", help="Devices to each copy of the teacher; the same as teacher.tensor_parallel.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1)]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)]
+SeedOption = Annotated[int, typer.Option("--seed")]
 ShardsOption = Annotated[
     str | None, typer.Option("--shards", help="The folder or URL of a shard set. [default: the run's own]")
 ]
@@ -185,20 +189,54 @@ def evaluate(name: RunOption = None, shards: ShardsOption = None) -> None:
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to ask. [default: read standard input]")] = None,
+    file: Annotated[Path | None, typer.Option(help="Ask every line of this file instead.")] = None,
     name: RunOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    max_new_tokens: MaxNewTokensOption = 160,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
-    """Answer a prompt with the student."""
+    """Answer a prompt, or every line of a file, with the student."""
     from pipeline import steps
+    from pipeline.json_output import json_text
 
-    text = sys.stdin.read() if prompt is None else prompt
-    (answer,) = steps.generate(
-        _finished_run(name), [text], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    prompts = [sys.stdin.read() if prompt is None else prompt] if file is None else steps.prompts_of(file)
+    answers = steps.generate(
+        _finished_run(name), prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    typer.echo(answer.text)
+    if as_json:
+        typer.echo(json_text(answers))
+        return
+    for asked, answer in zip(prompts, answers, strict=True):
+        typer.echo(answer.text if file is None else f"> {asked}\n{answer.text}\n")
+
+
+@app.command()
+def chat(
+    name: RunOption = None,
+    max_new_tokens: MaxNewTokensOption = 160,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk with the student: a turn a line, from the keyboard or a pipe.
+
+    /reset forgets what was said; /quit or the end of the input ends.
+    """
+    from pipeline.conversation import converse
+
+    converse(
+        _finished_run(name),
+        _turns(),
+        lambda text: typer.echo(text, nl=False),
+        as_json=as_json,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
 
 
 @app.command()
@@ -519,6 +557,14 @@ def _print_checks(checks: Iterable[Check | Row]) -> None:
         healthy &= check.ok
     if not healthy:
         raise typer.Exit(1)
+
+
+def _turns() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
 
 
 def _print(lines: list[str]) -> None:

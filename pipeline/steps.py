@@ -260,6 +260,17 @@ def generate(run: RunFolder, prompts: Sequence[str], **sampling: Any) -> list[Ge
     return Student.load(run.final_model).generate(prompts, **sampling)
 
 
+def prompts_of(file: Path) -> list[str]:
+    """The lines of a file that are not blank. Raises UsageError where there is none, or where it is not text."""
+    try:
+        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text: {error}", hint="name a text file with a prompt a line") from error
+    if not prompts:
+        raise UsageError(f"{file} holds no prompt", hint="write a prompt a line")
+    return prompts
+
+
 def newest_run(root: Path = Path("runs")) -> RunFolder:
     """The run with a finished model that was written to last. Raises StageError where there is none."""
     from stages.inference.loading import newest_model

@@ -1,0 +1,52 @@
+"""A conversation with a run's student, turn by turn: what was said stays in the prompt until it is reset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Unpack
+
+from pipeline.run import RunFolder
+from pipeline.steps import require_model, silence_loading_bars
+
+if TYPE_CHECKING:
+    from stages.inference.generate import SamplingOptions
+
+RESET, END = "/reset", "/quit"
+
+
+def converse(
+    run: RunFolder,
+    turns: Iterable[str],
+    write: Callable[[str], None],
+    *,
+    as_json: bool = False,
+    **options: Unpack[SamplingOptions],
+) -> None:
+    """Answer each turn through `write`, in pieces as they come, or as one line of JSON when the answer is whole.
+
+    `/reset` forgets what was said, `/quit` ends, an empty turn says nothing. Raises PipelineError where the run has no
+    model.
+    """
+    from stages.corpus.rows import Message
+    from stages.inference.generate import Student
+
+    require_model(run)
+    silence_loading_bars()
+    student, said = Student.load(run.final_model), list[Message]()
+    for turn in (line.strip() for line in turns):
+        if turn == END:
+            return
+        if turn == RESET:
+            said.clear()
+        elif turn:
+            said.append(Message(role="user", content=turn))
+            pieces = []
+            for text in student.stream(said, **options):
+                pieces.append(text)
+                if not as_json:
+                    write(text)
+            answer = "".join(pieces)
+            said.append(Message(role="assistant", content=answer))
+            facts = {"turn": len(said) // 2, "prompt": turn, "answer": answer}
+            write(json.dumps(facts, ensure_ascii=False) + "\n" if as_json else "\n")
