@@ -19,6 +19,7 @@ from shards.record import AttentionSummary, Record
 from shards.topk_planes import LEVELS, level_roots
 from shards.validation import require_valid
 from shards.writer import build_shard
+from tests.shards.bucket_kl import bucket_kl
 
 
 @st.composite
@@ -159,19 +160,6 @@ def test_R7_the_stated_bounds_hold(given_: tuple[Contract, Record]) -> None:
     assert np.abs(decoded.entropy_N - record.entropy_N).max() <= 1 / 2048 + 1e-6
     kl_N = bucket_kl(record, decoded)
     assert kl_N.max() <= 5e-5 * contract.selection.k + 2e-6 + 1e-6
-
-
-def bucket_kl(record: Record, decoded: Any) -> np.ndarray:
-    """KL(teacher || decoded) over the k ids and the tail, in float64, each side normalised over them."""
-    sides = []
-    for side in (record, decoded):
-        order = np.argsort(side.ids_NK, axis=1)
-        kept = np.take_along_axis(side.logprobs_NK.astype(np.float64), order, 1)
-        logs = np.concatenate([kept, side.log_tail_N.astype(np.float64)[:, None]], axis=1)
-        sides.append(logs - np.logaddexp.reduce(logs, axis=1, keepdims=True))
-    truth, guess = sides
-    with np.errstate(invalid="ignore"):
-        return np.where(np.isneginf(truth), 0, np.exp(truth) * (truth - guess)).sum(axis=1)
 
 
 def test_R7_the_worst_level_keeps_the_stated_bound() -> None:

@@ -25,6 +25,7 @@ from shards.planes2.streams import PIECE, StreamCoder
 from shards.planes2.tables import Tables, fingerprint
 from shards.record import Record
 from shards.validation import require_valid
+from tests.shards.bucket_kl import bucket_kl
 from tests.shards.whole import SELECTIONS, contract_of, record_of
 
 Learnt = tuple[Contract, bytes, list[Record]]
@@ -226,19 +227,6 @@ def test_R7_a_head_of_any_size_costs_about_the_same_kl() -> None:
         kl = np.concatenate([bucket_kl(record, signal) for record, signal in zip(records, decoded, strict=True)])
         assert kl.mean() <= 1.8e-4
         assert kl.max() <= 4.4 * k / Tables.from_bytes(tables, 5_000).steps ** 2 + 3e-5
-
-
-def bucket_kl(record: Record, decoded: Any) -> np.ndarray:
-    """KL(teacher || decoded) over the k ids and the tail, in float64, each side normalised over them."""
-    sides = []
-    for side in (record, decoded):
-        order = np.argsort(side.ids_NK, axis=1)
-        kept = np.take_along_axis(side.logprobs_NK.astype(np.float64), order, 1)
-        logs = np.concatenate([kept, side.log_tail_N.astype(np.float64)[:, None]], axis=1)
-        sides.append(logs - np.logaddexp.reduce(logs, axis=1, keepdims=True))
-    truth, guess = sides
-    with np.errstate(invalid="ignore"):
-        return np.where(np.isneginf(truth), 0, np.exp(truth) * (truth - guess)).sum(axis=1)
 
 
 def test_positions_of_different_kinds_get_different_orders_and_fewer_bytes() -> None:
