@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pipeline.report import REPORT
 from pipeline.run import RunFolder
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def evaluation_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
         f"cross-entropy   {report['cross_entropy']:.4f} nats, perplexity {report['perplexity']:.2f}",
         f"agreement       top-1 {report['top1_agreement']:.1%}, top-5 {report['top5_agreement']:.1%}",
         f"calibration     {report['ece']:.1%} expected error of the most probable token's probability",
-        f"seen in training  KL {seen['kl']:.4f}, cross-entropy {seen['cross_entropy']:.4f}, "
+        f"training split  KL {seen['kl']:.4f}, cross-entropy {seen['cross_entropy']:.4f}, "
         f"top-1 {seen['top1_agreement']:.1%} on {seen['positions']:,} positions",
         f"speed           {facts['positions_per_s']:,.0f} positions/s measured, "
         f"{facts['generated_tokens_per_s']:,.0f} tokens/s generated",
@@ -86,10 +87,10 @@ def evaluation_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
         lines.append(
             f"exact match     {facts['exact_match']:.1%} of {len(facts['samples'])} answers end as the label does"
         )
-    return lines + sample_lines(facts["samples"]) + ["", f"           {run.summary_file}"]
+    return [*lines, f"answers         {len(facts['samples'])} with prompt and label, in {run.path / REPORT}"]
 
 
-def sample_lines(samples: list[Mapping[str, str]]) -> list[str]:
+def _sample_lines(samples: list[Mapping[str, str]]) -> list[str]:
     lines: list[str] = []
     for sample in samples:
         lines.append("")
@@ -101,13 +102,21 @@ def sample_lines(samples: list[Mapping[str, str]]) -> list[str]:
 def demo_lines(run: RunFolder, seconds: float) -> list[str]:
     """What the demo made, in one look."""
     facts = run.summary()
-    made = (run.recipe_file, run.events, run.shards, run.checkpoints, run.final_model, run.summary_file)
+    made = (
+        run.recipe_file,
+        run.events,
+        run.shards,
+        run.checkpoints,
+        run.final_model,
+        run.summary_file,
+        run.path / REPORT,
+    )
     return [
         "",
         "the demo's summary",
         *cache_lines(facts["teacher_cache"], run)[:-1],
         *distill_lines(facts["distill"], run)[:-1],
-        *sample_lines(facts["evaluate"]["samples"]),
+        *_sample_lines(facts["evaluate"]["samples"]),
         "",
         f"made       {'  '.join(str(path) for path in made)}",
         f"time       {seconds:.0f} s for this call",

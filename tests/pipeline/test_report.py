@@ -131,7 +131,7 @@ def test_evaluation_measures_seen_and_unseen_records_answers_and_speed(finished_
     assert facts["exact_match"] == 0.0, "an untrained student solves nothing"
     lines = "\n".join(evaluation_lines(facts, run))
     assert "exact match     0.0% of" in lines
-    assert "seen in training  KL" in lines
+    assert "training split  KL" in lines
     assert (run.path / REPORT).is_file()
     assert steps.evaluate(run, shards=None) == facts
 
