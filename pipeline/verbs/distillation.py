@@ -1,0 +1,118 @@
+"""The verbs of the two stages: from rows to a student that is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.verbs.options import (
+    DataOption,
+    DevicesOption,
+    GpusOption,
+    NameOption,
+    RecipeOption,
+    RunOption,
+    SetOption,
+    ShardsOption,
+    TensorParallelOption,
+    chosen_run,
+    finished_run,
+    print_checks,
+    print_lines,
+)
+
+
+def demo(
+    name: Annotated[str, typer.Option("--name", help="The run: runs/NAME.")] = "smollm2-demo",
+    gpus: GpusOption = None,
+) -> None:
+    """The whole path on a real teacher, in minutes.
+
+    Fetches, prepares, caches, distils, evaluates and answers, without a GPU. Run again, it redoes nothing.
+    """
+    from pipeline.demo import run_demo
+
+    print_lines(run_demo(name, gpus))
+
+
+def prepare(
+    recipe: RecipeOption = None, name: NameOption = None, data: DataOption = None, overrides: SetOption = None
+) -> None:
+    """JSONL rows to tokenised samples in data/."""
+    from pipeline import steps
+    from pipeline.summary import prepare_lines
+
+    chosen, run = chosen_run(recipe, name, data, overrides)
+    print_lines(prepare_lines(steps.prepare(chosen, run)))
+
+
+def teacher_cache(
+    recipe: RecipeOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    gpus: DevicesOption = None,
+    tp: TensorParallelOption = None,
+    respond: Annotated[
+        str | None,
+        typer.Option(
+            "--respond",
+            metavar="teacher|student=PATH",
+            help="Have responses written first; the same as respond.by.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it needs; run nothing.")] = False,
+) -> None:
+    """Stage one: the teacher, once, into shards.
+
+    Stopped and started again, it goes on with the shards that are not there yet. Several copies of the teacher work at
+    once where there are devices for them, on this machine or, with RAY_ADDRESS set, on a Ray cluster.
+    """
+    from pipeline import steps
+    from pipeline.summary import cache_lines
+
+    split = [] if tp is None else [f"teacher.tensor_parallel={tp}"]
+    author = [] if respond is None else [f"respond.by={json.dumps(respond, ensure_ascii=False)}"]
+    chosen, run = chosen_run(recipe, name, data, [*(overrides or []), *split, *author])
+    if dry_run:
+        print_checks(steps.plan_cache(chosen, run, gpus=gpus))
+        return
+    print_lines(cache_lines(steps.teacher_cache(chosen, run, gpus=gpus), run))
+
+
+def distill(
+    recipe: RecipeOption = None,
+    name: NameOption = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    gpus: GpusOption = None,
+    hosts: Annotated[
+        Path | None, typer.Option("--hosts", help="Train over machines: a hostfile, `worker-1 slots=4` a line.")
+    ] = None,
+    shards: ShardsOption = None,
+    track: Annotated[str, typer.Option("--track", help="tensorboard, trackio, wandb or none.")] = "tensorboard",
+) -> None:
+    """Stage two: the student, out of the shards.
+
+    Stopped and started again, it resumes from its newest whole checkpoint.
+    """
+    from pipeline import steps
+    from pipeline.summary import distill_lines
+
+    chosen, run = chosen_run(recipe, name, data, overrides)
+    print_lines(distill_lines(steps.distill(chosen, run, shards=shards, gpus=gpus, hosts=hosts, tracker=track), run))
+
+
+def evaluate(name: RunOption = None, shards: ShardsOption = None) -> None:
+    """Compare the student with its teacher.
+
+    On the validation split that stage one cached: KL, cross-entropy, agreement, and answers to a few prompts.
+    """
+    from pipeline import steps
+    from pipeline.summary import evaluation_lines
+
+    run = finished_run(name)
+    print_lines(evaluation_lines(steps.evaluate(run, shards=shards), run))

@@ -1,0 +1,155 @@
+"""The verbs for shard sets: look, check, plan, convert, give away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.verbs.options import JsonOption, print_lines
+
+
+def inspect_shard(
+    path: Annotated[str, typer.Argument(help="A .arrow shard, the folder of a shard set, or the URL of either.")],
+    sample: Annotated[int | None, typer.Option("--sample", min=0, help="Show this sample too.")] = None,
+    positions: Annotated[
+        list[int] | None,
+        typer.Option("--position", min=0, help="A response token to show. [default: where the teacher was least sure]"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a shard or a set holds.
+
+    Its contract, sizes by part, coverage, entropy and checksums; with --sample, one sample's text and, at some of its
+    positions, the teacher's alternatives and what it attended to.
+    """
+    from pipeline.inspection import inspection_lines
+
+    print_lines(inspection_lines(path, sample=sample, positions=positions, as_json=as_json))
+
+
+def verify_shards(
+    path: Annotated[str, typer.Argument(help="The folder or URL of a shard set.")],
+    set_aside: Annotated[
+        bool, typer.Option("--quarantine", help="Set damaged files aside, for stage one to make anew.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte of a shard set.
+
+    Exits with 1 where a file is damaged or missing, and names it.
+    """
+    from pipeline.inspection import verify
+
+    intact, lines = verify(path, set_aside=set_aside, as_json=as_json)
+    print_lines(lines)
+    if not intact:
+        raise typer.Exit(1)
+
+
+def export_shards(
+    path: Annotated[str, typer.Argument(help="The folder or URL of a shard set.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write to.")],
+    kind: Annotated[str, typer.Option("--to", help="The format: parquet.")] = "parquet",
+) -> None:
+    """Decode a shard set into files that other tools read.
+
+    One file a shard, every value in a typed column. Stopped and started again, it goes on.
+    """
+    from pipeline.shard_tools import export
+
+    print_lines(export(path, target, kind=kind))
+
+
+def estimate(
+    path: Annotated[str, typer.Argument(help="A small shard set, made as the planned one will be.")],
+    positions: Annotated[int, typer.Option("--positions", min=1, help="Response tokens of the planned set.")],
+    rate: Annotated[
+        float | None,
+        typer.Option("--rate", min=1e-6, help="Response tokens a second and machine. [default: its run's]"),
+    ] = None,
+    machines: Annotated[int, typer.Option("--machines", min=1, help="Machines like that of the sample.")] = 1,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="Of one machine and hour.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell bytes, hours and cost of a planned teacher cache.
+
+    From a few real samples that are cached already, before anything is spent.
+    """
+    from pipeline.estimate import estimate as tell
+
+    print_lines(tell(path, positions, rate=rate, machines=machines, price=price, as_json=as_json))
+
+
+def import_cache(
+    dump: Annotated[Path, typer.Argument(help="prompt_logprobs of vLLM, one JSON object a line.")],
+    target: Annotated[Path, typer.Argument(help="The folder of the set to make.")],
+    teacher: Annotated[str, typer.Option("--teacher", help="The model that was dumped: a folder or a hub name.")],
+    k: Annotated[int, typer.Option("--k", min=1, help="Ids to keep a position; every position must have them.")],
+    thinking: Annotated[
+        bool, typer.Option("--thinking", help="The prompts were rendered for a chain of thought.")
+    ] = False,
+) -> None:
+    """Make a shard set of log-probabilities that vLLM dumped.
+
+    The mass outside the kept ids is marked as not known, and losses that need it refuse the set. Stopped and started
+    again, it goes on.
+    """
+    from pipeline.shard_tools import import_cache as import_dump
+
+    print_lines(import_dump(dump, target, teacher=teacher, k=k, thinking=thinking))
+
+
+def copy_shards(
+    source: Annotated[str, typer.Argument(help="The folder or URL of the set to copy.")],
+    target: Annotated[str, typer.Argument(help="The folder or URL of the set to make.")],
+) -> None:
+    """Copy a shard set to another folder or object store.
+
+    Every byte is checked on the way. Stopped and started again, it goes on.
+    """
+    from pipeline.shard_tools import copy
+
+    print_lines(copy(source, target))
+
+
+def merge(
+    sources: Annotated[list[str], typer.Argument(help="Two or more sets of one teacher.")],
+    target: Annotated[str, typer.Argument(help="The folder or URL of the set to make.")],
+) -> None:
+    """Make one shard set of several.
+
+    They may differ in their corpus and the tables of their codec only, and no sample may be in two of them. No teacher
+    is needed. Stopped and started again, it goes on.
+    """
+    from pipeline.shard_tools import merge as merge_sets
+
+    print_lines(merge_sets(sources, target))
+
+
+def reselect(
+    source: Annotated[str, typer.Argument(help="The folder or URL of the set to take it from.")],
+    target: Annotated[str, typer.Argument(help="The folder or URL of the set to make.")],
+    k: Annotated[int, typer.Option("--k", min=1, help="Most ids a position.")],
+    mass: Annotated[float | None, typer.Option("--mass", help="Stop at this probability mass.")] = None,
+    floor: Annotated[float | None, typer.Option("--floor", help="Keep no id less probable than this.")] = None,
+) -> None:
+    """Make a shard set that keeps fewer ids a position.
+
+    What is dropped goes back to the tail, its partition curve included; no teacher is needed. Stopped and started
+    again, it goes on.
+    """
+    from pipeline.shard_tools import reselect as reselect_set
+
+    print_lines(reselect_set(source, target, k=k, mass=mass, floor=floor))
+
+
+def share(path: Annotated[Path, typer.Argument(help="The folder of a complete shard set.")]) -> None:
+    """Write the dataset card of a shard set.
+
+    Sizes, contract, coverage, fidelity where it was measured, licences as far as known, and how to read the set.
+    """
+    from pipeline.share import share as write
+
+    print_lines(write(path))
