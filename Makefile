@@ -106,6 +106,14 @@ bench: setup ## every benchmark on this machine, then benchmarks/RESULTS.md (abo
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(PYTHON) -m benchmarks.$$name || exit 1; done
 	@$(PYTHON) -m benchmarks.report
 
+QUICK = benchmarks/results/quick
+
+.PHONY: bench-quick
+bench-quick: setup ## fewer cases and turns of each (about five minutes on 2 cores), beside the committed results as ratios
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(PYTHON) -m benchmarks.$$name --quick || exit 1; done
+	@echo "== committed ratio -> this machine's; a report, not a test: quick figures are noisy"
+	@$(PYTHON) -m benchmarks.compare benchmarks/results $(QUICK) --noise 1.5 --all || true
+
 .PHONY: bench-report
 bench-report: setup ## benchmarks/RESULTS.md anew from benchmarks/results
 	@$(PYTHON) -m benchmarks.report

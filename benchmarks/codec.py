@@ -9,7 +9,7 @@ whose noise is such that the 1,024 most frequent ids have their real share.
   16 as float16, the others as a least-squares fit of six terms in float32; bits are unpacked one by one, as there.
 - Layouts by formula: bf16 log-probabilities beside packed ids; the 36 bytes of 12 sampled tokens (2503.16870).
 
-    python -m benchmarks.codec
+    python -m benchmarks.codec [--quick]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.record import Row, compare, write
+from benchmarks.record import Row, compare, parser, write
 from benchmarks.teacher_logits import LAYERS, NODES, TOP_M, Passage, passages
 from shards.codec import codec_for
 from shards.contract import AttentionSpec, Contract, Selection
@@ -39,11 +39,15 @@ from shards.topk_planes import TopkPlanes1
 
 VOCAB, WIDE_VOCAB = 49_152, 151_936
 TEST, TAUGHT = 4_000, 36_000
+QUICK_TEST, QUICK_TAUGHT = 500, 3_000
+GROWTH, QUICK_GROWTH = (8, 16, 32, 128), (16,)
+"""Ids a position over which the cost is followed."""
 SHARD_POSITIONS = 250_000
 BUDGET = 1 << 17
 K, EXACT = 64, 16
 REPEATS = 5
 LEAST_COVERAGE = 0.89
+PACKED = "bf16 and packed ids"
 FREQUENT = 1_024
 
 Float64 = NDArray[np.float64]
@@ -74,8 +78,8 @@ def record_of(passage: Passage, kept_NC: NDArray[np.bool_], **fields: object) ->
     )
 
 
-def topk(passage: Passage) -> Record:
-    return record_of(passage, _first(passage, K))
+def topk(passage: Passage, k: int = K) -> Record:
+    return record_of(passage, _first(passage, k))
 
 
 def with_curve(passage: Passage) -> Record:
@@ -343,95 +347,144 @@ def synthetic(real: Sequence[Record], taught: Sequence[Record]) -> list[Record]:
     return found
 
 
-def main() -> list[Row]:
-    torch.set_num_threads(1)
-    everything = list(passages("running", TEST + TAUGHT))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Material:
+    """Passages to test and to learn from, and what became of them at top-64."""
+
+    test: Sequence[Passage]
+    taught: Sequence[Passage]
+    plain: Sequence[Record]
+    learn: Sequence[Record]
+    contract: Contract
+    ours: Measured
+
+
+def material(test: int, taught: int) -> Material:
+    everything = list(passages("running", test + taught))
     ends = list(itertools.accumulate(len(passage.response_ids_R) for passage in everything))
-    cut = next(index for index, end in enumerate(ends) if end >= TEST) + 1
-    test, taught = everything[:cut], everything[cut:]
+    cut = next(index for index, end in enumerate(ends) if end >= test) + 1
     print(f"{ends[cut - 1]} positions, tables learnt from {ends[-1] - ends[cut - 1]} others")
-    plain, learn = [topk(passage) for passage in test], [topk(passage) for passage in taught]
+    plain, learn = ([topk(passage) for passage in part] for part in (everything[:cut], everything[cut:]))
     contract = contract_of(Selection(kind="topk", k=K))
-    layout = DistillKitLayout(VOCAB)
-    ours = measure(contract, plain, learn)
-    old = measure(dataclasses.replace(contract, codec=TopkPlanes1.name), plain, ())
+    return Material(
+        test=everything[:cut],
+        taught=everything[cut:],
+        plain=plain,
+        learn=learn,
+        contract=contract,
+        ours=measure(contract, plain, learn),
+    )
+
+
+def top64_rows(given: Material) -> Iterator[Row]:
+    """Beside every other layout, real distributions."""
+    plain, ours, layout, case = given.plain, given.ours, DistillKitLayout(VOCAB), "top-64, V = 49,152"
+    old = measure(dataclasses.replace(given.contract, codec=TopkPlanes1.name), plain, ())
     theirs = distillkit_records(plain, layout)
     kl = bucket_kl(plain, ours.decoded)
-    case, rows = "top-64, V = 49,152", []
-    rows.append(compare(case, "bytes a token", "B", ours.total, layout.bytes(), "DistillKit", bound=184 / 92))
-    rows.append(compare(case, "signal alone", "B", ours.signal, ours.bound, "order-0 bound of its streams"))
-    rows.append(compare(case, "codec KL", "nats", kl, 1.6e-4, "what may be", bound=1))
-    rows.append(compare(case, "codec KL", "nats", kl, bucket_kl(plain, theirs), "DistillKit"))
-    rows.append(compare(case, "bytes a token", "B", ours.total, old.signal, "topk-planes/1"))
-    rows.append(compare(case, "codec KL", "nats", kl, bucket_kl(plain, old.decoded), "topk-planes/1"))
+    yield compare(case, "bytes a token", "B", ours.total, layout.bytes(), "DistillKit", bound=184 / 92)
+    yield compare(case, "signal alone", "B", ours.signal, ours.bound, "order-0 bound of its streams")
+    yield compare(case, "codec KL", "nats", kl, 1.6e-4, "what may be", bound=1)
+    yield compare(case, "codec KL", "nats", kl, bucket_kl(plain, theirs), "DistillKit")
+    yield compare(case, "bytes a token", "B", ours.total, old.signal, "topk-planes/1")
+    yield compare(case, "codec KL", "nats", kl, bucket_kl(plain, old.decoded), "topk-planes/1")
     with tempfile.TemporaryDirectory() as folder:
         for name, size in plain_bytes(plain, Path(folder)).items():
-            rows.append(compare(case, "bytes a token", "B", ours.total, size, name))
-    rows.append(compare(case, "bytes a token", "B", ours.total, K * (16 + layout.bits) / 8, "bf16 and packed ids"))
+            yield compare(case, "bytes a token", "B", ours.total, size, name)
+    yield compare(case, "bytes a token", "B", ours.total, packed_bytes(K), PACKED)
     for name, (mine, other) in rates(ours, plain, layout).items():
         bound = {"encode": 2.3, "decode": 4.8}[name]
-        unit = "tokens/s"
-        rows.append(compare(case, name, unit, mine, other, "DistillKit's layout", bound=bound, more_is_better=True))
+        yield compare(case, name, "tokens/s", mine, other, "DistillKit's layout", bound=bound, more_is_better=True)
     for kind, size in ours.by_kind.items():
         print(f"    {kind:12} {size:7.3f} B at order 0")
 
-    wide_layout = DistillKitLayout(WIDE_VOCAB)
-    few = learn[:: max(1, len(learn) // 40)]
-    both = synthetic([*plain[:8], *few], learn)
-    wide, wide_taught = both[:8], both[8:]
-    wide_ours = measure(contract_of(Selection(kind="topk", k=K), WIDE_VOCAB), wide, wide_taught)
-    case = "top-64, V = 151,936"
-    rows.append(
-        compare(case, "bytes a token", "B", wide_ours.total, wide_layout.bytes(), "DistillKit", bound=200 / 105)
-    )
-    rows.append(compare(case, "signal alone", "B", wide_ours.signal, wide_ours.bound, "order-0 bound of its streams"))
-    rows.append(compare(case, "codec KL", "nats", bucket_kl(wide, wide_ours.decoded), 1.6e-4, "what may be", bound=1))
 
+def growth_rows(given: Material, ks: Sequence[int]) -> Iterator[Row]:
+    """Other numbers of ids than 64, which has rows of its own."""
+    for k in ks:
+        made = measure(
+            contract_of(Selection(kind="topk", k=k)),
+            [topk(passage, k) for passage in given.test],
+            [topk(passage, k) for passage in given.taught],
+        )
+        yield compare(f"top-{k}, V = 49,152", "bytes a token", "B", made.total, packed_bytes(k), PACKED)
+
+
+def packed_bytes(k: int) -> float:
+    return k * (16 + (VOCAB - 1).bit_length()) / 8
+
+
+def wide_rows(given: Material) -> Iterator[Row]:
+    layout, few = DistillKitLayout(WIDE_VOCAB), given.learn[:: max(1, len(given.learn) // 40)]
+    both = synthetic([*given.plain[:8], *few], given.learn)
+    wide, taught = both[:8], both[8:]
+    ours, case = measure(contract_of(Selection(kind="topk", k=K), WIDE_VOCAB), wide, taught), "top-64, V = 151,936"
+    yield compare(case, "bytes a token", "B", ours.total, layout.bytes(), "DistillKit", bound=200 / 105)
+    yield compare(case, "signal alone", "B", ours.signal, ours.bound, "order-0 bound of its streams")
+    yield compare(case, "codec KL", "nats", bucket_kl(wide, ours.decoded), 1.6e-4, "what may be", bound=1)
+
+
+def added_rows(given: Material) -> Iterator[Row]:
+    """What the partition curve and the attention summary add."""
     curved = measure(
-        dataclasses.replace(contract, curve=NODES),
-        [with_curve(passage) for passage in test],
-        [with_curve(passage) for passage in taught[::4]],
+        dataclasses.replace(given.contract, curve=NODES),
+        [with_curve(passage) for passage in given.test],
+        [with_curve(passage) for passage in given.taught[::4]],
     )
     size = sum(curved.by_kind[kind] for kind in ("values0", "values1", "slopes0", "slopes1"))
-    rows.append(compare("partition curve", "bytes a token", "B", size, 8.0, "what may be", bound=1))
+    yield compare("partition curve", "bytes a token", "B", size, 8.0, "what may be", bound=1)
     attended = measure(
-        dataclasses.replace(contract, attention=AttentionSpec(layers=LAYERS, top_m=TOP_M)),
-        [with_attention(passage) for passage in test],
-        [with_attention(passage) for passage in taught[::4]],
+        dataclasses.replace(given.contract, attention=AttentionSpec(layers=LAYERS, top_m=TOP_M)),
+        [with_attention(passage) for passage in given.test],
+        [with_attention(passage) for passage in given.taught[::4]],
     )
-    rows.append(compare("attention, 3 layers", "bytes a token", "B", attended.attention, 30.0, "what may be", bound=1))
+    yield compare("attention, 3 layers", "bytes a token", "B", attended.attention, 30.0, "what may be", bound=1)
 
-    promised = False
+
+def adaptive_rows(given: Material) -> Iterator[Row]:
+    plain, ours, promised = given.plain, given.ours, False
     for floor in (5e-3, 2.5e-3, 1.55e-3, 1e-3):
         selection = Selection(kind="adaptive", k=128, mass=1.0, floor=floor)
-        found = [adaptive(selection)(passage) for passage in test]
-        made = measure(contract_of(selection), found, [adaptive(selection)(passage) for passage in taught[::3]])
+        found = [adaptive(selection)(passage) for passage in given.test]
+        made = measure(contract_of(selection), found, [adaptive(selection)(passage) for passage in given.taught[::3]])
         case = f"adaptive, floor {floor:g}"
         covered = coverage(found)
-        rows.append(compare(case, "coverage", "", covered, coverage(plain), "top-64", more_is_better=True))
+        yield compare(case, "coverage", "", covered, coverage(plain), "top-64", more_is_better=True)
         bound = 1.0 if covered >= LEAST_COVERAGE and not promised else None
         promised |= covered >= LEAST_COVERAGE
-        rows.append(compare(case, "bytes a token", "B", made.total, 55.0, "what may be at .89", bound=bound))
-        rows.append(compare(case, "codec KL", "nats", bucket_kl(found, made.decoded), 1.6e-4, "what may be"))
+        yield compare(case, "bytes a token", "B", made.total, 55.0, "what may be at .89", bound=bound)
+        yield compare(case, "codec KL", "nats", bucket_kl(found, made.decoded), 1.6e-4, "what may be")
         far = full_kl(found, made.decoded, VOCAB)
-        rows.append(compare(case, "KL(full || decoded)", "nats", far, full_kl(plain, ours.decoded, VOCAB), "top-64"))
+        yield compare(case, "KL(full || decoded)", "nats", far, full_kl(plain, ours.decoded, VOCAB), "top-64")
 
+
+def sample_rows(given: Material) -> Iterator[Row]:
     for draws in (24, 32):
-        found = [sampled(draws)(passage) for passage in test]
+        found = [sampled(draws)(passage) for passage in given.test]
         selection = Selection(kind="sample", draws=draws, logprobs=False)
-        made = measure(contract_of(selection), found, [sampled(draws)(passage) for passage in taught[::2]])
+        made = measure(contract_of(selection), found, [sampled(draws)(passage) for passage in given.taught[::2]])
         unique = float(np.concatenate([(record.ids_NK >= 0).sum(axis=1) for record in found]).mean())
         case = f"sample, {unique:.1f} unique"
-        rows.append(compare(case, "bytes a token", "B", made.total, 36.0, "2503.16870, 12 unique", bound=2))
-        rows.append(compare(case, "signal alone", "B", made.signal, made.bound, "order-0 bound of its streams"))
-    return rows
+        yield compare(case, "bytes a token", "B", made.total, 36.0, "2503.16870, 12 unique", bound=2)
+        yield compare(case, "signal alone", "B", made.signal, made.bound, "order-0 bound of its streams")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    quick: bool = parser(__doc__).parse_args().quick
+    torch.set_num_threads(1)
+    given = material(QUICK_TEST, QUICK_TAUGHT) if quick else material(TEST, TAUGHT)
+    rows = [*top64_rows(given), *growth_rows(given, QUICK_GROWTH if quick else GROWTH)]
+    if not quick:
+        rows += [row for part in (wide_rows, added_rows, adaptive_rows, sample_rows) for row in part(given)]
     write(
         "codec",
-        main(),
+        rows,
         clock="CPU time of the process, median",
         packages=("numpy", "zstandard", "pyarrow", "torch"),
         threads=1,
+        quick=quick,
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -5,18 +5,17 @@ writes who has room: all logits at once, autograd, the tail as 1 - sum of the ke
 one thread, the median of runs that take turns in one process. Memory is the peak beyond the inputs, the gradients that
 are returned included, each side in a process of its own.
 
-    python -m benchmarks.loss
+    python -m benchmarks.loss [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.record import Row, compare, write
+from benchmarks.record import Row, compare, parser, write
 from stages.distill.losses.cross_entropy import cross_entropy
 from stages.distill.losses.fused import BLOCK_ROWS, RowObjective, fused_rows
 from stages.distill.losses.partition import tempered_teacher
@@ -35,6 +34,8 @@ from stages.distill.settings import ObjectiveSettings
 WIDTH, KEPT, NEGATIVES, CE_WEIGHT, TEMPERATURE = 256, 64, 32, 0.1, 1.3
 NODES = (0.5, 0.25)
 QWEN3, SMOLLM2, ROWS = 151_936, 49_152, 2048
+GROWTH, QUICK_GROWTH, GROWTH_ROWS = (8_192, 16_384, 32_768, 65_536, 131_072), (8_192, 32_768), 512
+"""Vocabularies over which the cost is followed."""
 TIME_BOUND, MEMORY_BOUND = 1 / 0.95, 12.0
 
 
@@ -195,7 +196,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def time_rows(case: Case, runs: int) -> Iterator[Row]:
+def time_rows(case: Case, runs: int, bound: float | None = TIME_BOUND) -> Iterator[Row]:
     inputs = inputs_of(case)
     values = [train_once(side, case, inputs) for side in ("ours", "dense")]
     assert abs(values[0] - values[1]) < 1e-3 * abs(values[1]), f"two objectives, not one: {values}"
@@ -205,9 +206,7 @@ def time_rows(case: Case, runs: int) -> Iterator[Row]:
         spent["dense"].append(seconds(lambda: train_once("dense", case, inputs)))
         spent["products"].append(seconds(lambda: products(case, inputs)))
     median = {name: statistics.median(found) for name, found in spent.items()}
-    yield compare(
-        case.name, "forward + backward", "s", median["ours"], median["dense"], "the same dense", bound=TIME_BOUND
-    )
+    yield compare(case.name, "forward + backward", "s", median["ours"], median["dense"], "the same dense", bound=bound)
     yield compare(case.name, "forward + backward", "s", median["ours"], median["products"], "3 matrix products alone")
 
 
@@ -219,17 +218,26 @@ def memory_row(case: Case, bound: float | None) -> Row:
 def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3, help="turns of every side")
-    parser.add_argument("--peak", nargs=5, metavar=("SIDE", "KD", "TEMPERED", "VOCAB", "ROWS"))
-    arguments = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--runs", type=int, default=3, help="turns of every side")
+    asked.add_argument("--peak", nargs=5, metavar=("SIDE", "KD", "TEMPERED", "VOCAB", "ROWS"))
+    arguments = asked.parse_args()
     if arguments.peak:
         side, kd, warm, vocab, rows = arguments.peak
         print(measure_peak(side, Case(kd=kd, tempered=bool(int(warm)), vocab=int(vocab), rows=int(rows))))
         return
-    for rows in _growing(_measured(arguments.runs)):
+    quick: bool = arguments.quick
+    clock = "CPU time of one thread, median of turns"
+    for rows in _growing(_growth(QUICK_GROWTH, arguments.runs) if quick else _measured(arguments.runs)):
         # After every figure, so that a run that is cut short leaves what it found.
-        write("loss", rows, clock="CPU time of one thread, median of turns", packages=("torch",), threads=1)
+        write("loss", rows, clock=clock, packages=("torch",), threads=1, quick=quick)
+
+
+def _growth(vocabularies: Sequence[int], runs: int) -> Iterator[Row]:
+    for vocab in vocabularies:
+        case = Case(kd="tail_bucket_kl", tempered=False, vocab=vocab, rows=GROWTH_ROWS)
+        yield from time_rows(case, runs, bound=None)
+        yield memory_row(case, None)
 
 
 def _measured(runs: int) -> Iterator[Row]:
@@ -241,6 +249,7 @@ def _measured(runs: int) -> Iterator[Row]:
     yield from time_rows(everything, runs)
     for rows in (512, 1024, 2048):
         yield memory_row(Case(kd="tail_bucket_kl", tempered=False, vocab=SMOLLM2, rows=rows), None)
+    yield from _growth(GROWTH, runs)
 
 
 def _growing(rows: Iterator[Row]) -> Iterator[list[Row]]:

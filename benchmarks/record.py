@@ -1,7 +1,12 @@
-"""How a benchmark says what it measured: one row a comparison, a table on the terminal, results/NAME.json for good."""
+"""How a benchmark says what it measured: one row a comparison, a table on the terminal, results/NAME.json for good.
+
+`--quick` asks any of them for fewer cases and turns of the same code. Cases keep their names, so that `compare` finds
+them in the full results; what it writes lies apart, in results/quick, which git ignores.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -12,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+QUICK = RESULTS / "quick"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +35,13 @@ class Row:
     reference_name: str
     ratio: float
     bound: float | None = None
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark can be asked for; `description` is its own docstring."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="fewer cases and turns, into results/quick")
+    return made
 
 
 def compare(
@@ -62,7 +75,9 @@ def compare(
     return row
 
 
-def write(name: str, rows: Iterable[Row], *, clock: str, packages: Iterable[str], threads: int) -> Path:
+def write(
+    name: str, rows: Iterable[Row], *, clock: str, packages: Iterable[str], threads: int, quick: bool = False
+) -> Path:
     """Write results/NAME.json: machine, versions, commit, and the rows. `clock` says how time was taken."""
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_device()}, {threads} threads",
@@ -71,8 +86,9 @@ def write(name: str, rows: Iterable[Row], *, clock: str, packages: Iterable[str]
         "clock": clock,
         "rows": [asdict(row) for row in rows],
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder = QUICK if quick else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return path

@@ -3,7 +3,7 @@
 Prints a table and writes results/student.json. Every figure is CPU time of this process on one thread, the lower
 quartile of several runs, so that other work on the machine disturbs it little. Run from the repository's root:
 
-    python -m benchmarks.student
+    python -m benchmarks.student [--quick]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from benchmarks.record import Row, compare, write
+from benchmarks.record import Row, compare, parser, write
 from stages.inference.few_rows import FewRowsLinear
 from stages.inference.stepping import DecoderState, advance, encode, fresh
 from stages.student.model import MiniCodformerForConditionalGeneration, build_student
@@ -32,13 +33,10 @@ from stages.student.shape import StudentShape
 
 HEADS, HEAD_SIZE = 4, 64
 WIDTH = HEADS * HEAD_SIZE
-LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-LOOP_LENGTHS = (512, 2048)
-NCPS_LENGTHS = (256, 512)
 NCPS_UNITS = 128
-CONTEXTS = (64, 1024, 16_384)
-PROMPTS = (64, 512, 2048)
 BATCHES = (1, 32)
+WRITTEN = 64
+"""Tokens of an answer before any of its steps is timed."""
 PROMPT, VOCAB, SMALL_VOCAB = 512, 49_152, 1_000
 SMOLLM2 = {
     "vocab_size": VOCAB,
@@ -50,6 +48,33 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 """SmolLM2-135M's shape; speed does not ask for its weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cases:
+    """Which lengths are measured, and in how many turns."""
+
+    scans: tuple[int, ...]
+    looped: tuple[int, ...]
+    ncps: tuple[int, ...]
+    layers: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prompts: tuple[int, ...]
+    turns: int
+
+
+FULL = Cases(
+    scans=(256, 512, 1024, 2048, 4096, 8192),
+    looped=(512, 2048),
+    ncps=(256, 512),
+    layers=(512, 2048, 8192),
+    contexts=(1024, 16_384),
+    prompts=(64, 512, 2048),
+    turns=200,
+)
+QUICK = Cases(
+    scans=(256, 512, 1024), looped=(512,), ncps=(256,), layers=(512,), contexts=(1024,), prompts=(512,), turns=50
+)
 
 
 def milliseconds(work: Callable[[], object], runs: int) -> float:
@@ -66,12 +91,12 @@ def trained(compute: Callable[[], Tensor], runs: int) -> float:
     return milliseconds(lambda: compute().sum().backward(), runs)
 
 
-def scan_rows() -> Iterator[Row]:
+def scan_rows(cases: Cases) -> Iterator[Row]:
     """Forward and backward over one sequence of hidden size 256, without projections."""
     gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
     liquid = LTC(NCPS_UNITS, AutoNCP(NCPS_UNITS, NCPS_UNITS // 4))
     metric, spent = "forward + backward", {}
-    for steps in LENGTHS:
+    for steps in cases.scans:
         query, key, value = (torch.randn(1, steps, HEADS, HEAD_SIZE, requires_grad=True) for _ in range(3))
         log_decay = (-2 * torch.rand(1, steps, HEADS, HEAD_SIZE)).requires_grad_()
         hidden = torch.randn(1, steps, WIDTH, requires_grad=True)
@@ -87,18 +112,19 @@ def scan_rows() -> Iterator[Row]:
             return scan_delta_chunked(query, F.normalize(key, dim=-1), value, decay.mean(-1), share, share)[0]
 
         ours = spent[steps] = trained(lambda inputs=inputs: scan_chunked(*inputs)[0], runs)
-        if steps in LOOP_LENGTHS:
+        if steps in cases.looped:
             loop = trained(lambda inputs=inputs: scan_naive(*inputs)[0], 1)
             yield compare(case, metric, "ms", ours, loop, "the same, looped", bound=40 if steps == 2048 else None)
         bound = 4 if steps == 4096 else None
         yield compare(case, metric, "ms", ours, trained(attention, runs), "causal SDPA", bound=bound)
         yield compare(case, metric, "ms", ours, trained(lambda hidden=hidden: gru(hidden)[0], runs), "nn.GRU 256")
         yield compare(case, metric, "ms", ours, trained(delta, runs), "our delta recurrence")
-        if steps in NCPS_LENGTHS:
+        if steps in cases.ncps:
             narrow = torch.randn(1, steps, NCPS_UNITS)
             ltc = trained(lambda narrow=narrow: liquid(narrow)[0], 1)
             yield compare(case, metric, "ms", ours, ltc, f"ncps LTC, {NCPS_UNITS} units")
-    yield compare("scan T=1024 … 8192", "cost exponent", "", exponent(spent), 1.0, "linear", bound=1 / 1.05)
+    if cases is FULL:
+        yield compare("scan T=1024 … 8192", "cost exponent", "", exponent(spent), 1.0, "linear", bound=1 / 1.05)
 
 
 def exponent(spent: dict[int, float]) -> float:
@@ -108,7 +134,7 @@ def exponent(spent: dict[int, float]) -> float:
     return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
 
-def layer_rows() -> Iterator[Row]:
+def layer_rows(cases: Cases) -> Iterator[Row]:
     """A whole decoder layer, forward and backward, beside a Llama layer of the same width that reads the prompt too."""
     student = make_student()
     layer = student.model.decoder.layers[0]
@@ -116,7 +142,7 @@ def layer_rows() -> Iterator[Row]:
     config._attn_implementation = "sdpa"
     llama, rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
     encoded = torch.randn(1, PROMPT, WIDTH)
-    for steps in (512, 2048, 8192):
+    for steps in cases.layers:
         hidden = torch.randn(1, steps, WIDTH, requires_grad=True)
         whole = torch.randn(1, PROMPT + steps, WIDTH, requires_grad=True)
         position = rotary(whole, torch.arange(PROMPT + steps)[None])
@@ -144,15 +170,15 @@ def after(student: MiniCodformerForConditionalGeneration, prompt: int, context: 
 
 def step_time(student: MiniCodformerForConditionalGeneration, prompt: int, batch: int = 1) -> float:
     """CPU milliseconds of one more token in every row, after 64 tokens."""
-    state = after(student, prompt, CONTEXTS[0], batch)
+    state = after(student, prompt, WRITTEN, batch)
     return milliseconds(lambda: advance(student, [5] * batch, state), 40)
 
 
-def step_times(student: MiniCodformerForConditionalGeneration) -> dict[int, float]:
-    """The same after each of CONTEXTS, measured in turns, so that what disturbs one disturbs all."""
-    states = {context: after(student, PROMPT, context, 1) for context in CONTEXTS}
-    spent: dict[int, list[float]] = {context: [] for context in CONTEXTS}
-    for _ in range(200):
+def step_times(student: MiniCodformerForConditionalGeneration, cases: Cases) -> dict[int, float]:
+    """The same after each context, measured in turns, so that what disturbs one disturbs all."""
+    states = {context: after(student, PROMPT, context, 1) for context in (WRITTEN, *cases.contexts)}
+    spent: dict[int, list[float]] = {context: [] for context in states}
+    for _ in range(cases.turns):
         for context, state in states.items():
             spent[context].append(milliseconds(partial(advance, student, [5], state), 1))
     return {context: sorted(times)[len(times) // 4] for context, times in spent.items()}
@@ -164,24 +190,24 @@ def bandwidth(megabytes: int = 256) -> float:
     return 1e3 * block.nbytes / milliseconds(lambda: block.sum(), 8)
 
 
-def decode_rows() -> Iterator[Row]:
+def decode_rows(cases: Cases) -> Iterator[Row]:
     """One more token: at a growing answer, at a growing prompt, and beside the memory's bound."""
     with torch.inference_mode():
         small = make_student(SMALL_VOCAB)  # a large output layer would hide any growth
-        spent = step_times(small)
-        for context in CONTEXTS[1:]:
+        spent = step_times(small, cases)
+        for context in cases.contexts:
             yield compare(
                 f"decode after {context}",
                 "time a token",
                 "ms",
                 spent[context],
-                spent[CONTEXTS[0]],
-                f"our own after {CONTEXTS[0]}",
+                spent[WRITTEN],
+                f"our own after {WRITTEN}",
                 bound=0.95,
             )
         student, rate = make_student(), bandwidth()
         weights = sum(p.nbytes for name, p in student.named_parameters() if "encoder.layers" not in name)
-        for prompt in PROMPTS:
+        for prompt in cases.prompts:
             keys = 2 * 3 * prompt * WIDTH * 4
             bound = 1e3 * (weights + keys) / rate
             ours = step_time(student, prompt)
@@ -196,7 +222,7 @@ def decode_rows() -> Iterator[Row]:
             )
 
 
-def output_rows() -> Iterator[Row]:
+def output_rows(_: Cases) -> Iterator[Row]:
     """The output layer of a few rows as `Student.load` makes it on a CPU, beside the plain one."""
     student = make_student()
     weight = student.output_weight()
@@ -210,7 +236,7 @@ def output_rows() -> Iterator[Row]:
             yield compare(f"output layer, {rows} rows", "forward", "ms", ours, theirs, "nn.Linear")
 
 
-def teacher_rows() -> Iterator[Row]:
+def teacher_rows(_: Cases) -> Iterator[Row]:
     """Tokens a second beside the teacher's shape under transformers, and what a batch gains."""
     student = make_student()
     llama = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).eval()
@@ -245,15 +271,18 @@ def teacher_rows() -> Iterator[Row]:
 
 
 def main() -> None:
+    quick: bool = parser(__doc__).parse_args().quick
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [row for part in (scan_rows, layer_rows, decode_rows, output_rows, teacher_rows) for row in part()]
+    parts = (scan_rows, layer_rows, decode_rows, output_rows, teacher_rows)
+    rows = [row for part in parts for row in part(QUICK if quick else FULL)]
     write(
         "student",
         rows,
         clock="CPU time of the process, lower quartile",
         packages=("torch", "transformers", "ncps"),
         threads=1,
+        quick=quick,
     )
 
 

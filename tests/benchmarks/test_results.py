@@ -26,9 +26,24 @@ def test_only_what_moved_beyond_noise_is_named_the_worst_first(tmp_path: Path, c
     new = results(tmp_path / "new.json", slower=3.0, much_slower=1.0, alike=3.9, faster=8.0)
     assert compare.main([str(old), str(new)]) == 1
     *lines, total = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["much_slower:", "slower:", "faster:"]
-    assert total == "4 rows in both, 3 outside a factor of 1.25; 1 in one"
+    assert [(line.split()[4], line.split()[-1]) for line in lines] == [
+        ("much_slower:", "fell"),
+        ("slower:", "fell"),
+        ("faster:", "rose"),
+    ]
+    assert total == "new: 4 rows in both, 3 outside a factor of 1.25; 1 in one"
     assert compare.main([str(new), str(new)]) == 0
+
+
+def test_of_two_folders_what_both_have_is_compared_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "quick").mkdir()
+    results(tmp_path / "one.json", alike=2.0, left_out=1.0)
+    results(tmp_path / "other.json", alike=2.0)
+    results(tmp_path / "quick" / "one.json", alike=2.1)
+    assert compare.main([str(tmp_path), str(tmp_path / "quick"), "--all"]) == 0
+    row, total = capsys.readouterr().out.splitlines()
+    assert row.split() == ["2", "->", "2.1", "1.05x", "alike:", "time", "against", "peer"]
+    assert total == "one: 1 rows in both, 0 outside a factor of 1.25; 1 in one"
 
 
 def test_the_committed_report_is_the_committed_results():
