@@ -43,7 +43,8 @@ _GROUPS: dict[str, dict[str, str]] = {
         "temperature": "temperature",
         "hard_share": "rows with hard negatives",
         "hard_mass": "student's mass on hard negatives",
-        "mined_share": "steps' share of hard records",
+        "mined_share": "steps' share of mined records",
+        "difficulty_spread": "spread of the records' difficulty",
     },
     "Optimiser": {"lr": "highest learning rate", "lr_lowest": "lowest learning rate", "grad_norm": "gradient norm"},
     "Machine": {

@@ -97,9 +97,8 @@ class CheckpointFolder:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MANIFEST).unlink(missing_ok=True)  # a damaged one that training has now come back to
         _flush_folder(folder)
-        tensors = {f"weights/{name}": tensor for name, tensor in state.weights.items()}
-        for moment, by_name in state.moments.items():
-            tensors |= {f"{moment}/{name}": tensor for name, tensor in by_name.items()}
+        parts = {"weights": state.weights, **state.moments, "records": state.records}
+        tensors = {f"{part}/{name}": tensor for part, by_name in parts.items() for name, tensor in by_name.items()}
         save_file(tensors, folder / _TENSORS)
         _flush(folder / _TENSORS)
         manifest = {
@@ -171,12 +170,17 @@ def _read_state(folder: Path, manifest: Mapping[str, Any]) -> TrainingState:
         tensors = load_file(folder / _TENSORS)
     except (OSError, SafetensorError) as error:
         raise _DamagedError(f"its tensors cannot be read: {error}") from error
-    parts: dict[str, dict[str, Any]] = {part: {} for part in ("weights", *MOMENTS)}
+    parts: dict[str, dict[str, Any]] = {part: {} for part in ("weights", *MOMENTS, "records")}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
         parts[part][name] = tensor
-    weights = parts.pop("weights")
-    return TrainingState(weights=weights, moments=parts, updates=manifest["updates"], loss_scale=manifest["loss_scale"])
+    return TrainingState(
+        weights=parts["weights"],
+        moments={moment: parts[moment] for moment in MOMENTS},
+        updates=manifest["updates"],
+        loss_scale=manifest["loss_scale"],
+        records=parts["records"],
+    )
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -46,6 +46,8 @@ class TrainingState:
     """How often the optimiser has stepped; under fp16 less often than the run."""
     loss_scale: Mapping[str, float]
     """State of the dynamic loss scale; empty but under fp16."""
+    records: Mapping[str, Tensor] = field(default_factory=dict)
+    """State of `stages.distill.mining.RecordDifficulty`, which is not the engine's; empty where none are mined."""
 
 
 class Engine:

@@ -85,6 +85,8 @@ class LossTerms(NamedTuple):
     """Weighted sum over this batch's positions, times the scale that was asked for."""
     sums: Tensor
     """The numbers that SUMS names, or those of EVALUATION_SUMS and the calibration; fp64, without gradients."""
+    record_kl_B: Tensor
+    """fp64: `kl` of SUMS, of each record of the batch by itself."""
     score_counts: Tensor
     """fp64, the histogram of `stages.distill.temperature`; empty where no temperature depends on difficulty."""
 
@@ -144,7 +146,9 @@ class DistillModule(nn.Module):
         if fused.top5_N is not None and fused.calibration_C3 is not None:
             found += [fused.top5_N.sum(), *fused.calibration_C3.flatten()]
         sums = torch.stack([tensor.detach().double().to(weight_VD.device) for tensor in found])
-        return LossTerms(objective * scale, sums, score_counts.double())
+        records, width = batch.decoder_ids_BT.shape
+        record_kl_B = sums.new_zeros(records).index_add_(0, batch.rows_N // width, fused.told_N.double())
+        return LossTerms(objective * scale, sums, record_kl_B, score_counts.double())
 
     def _row_objective(self, emphasis: Emphasis) -> RowObjective:
         """Terms in the order of SUMS, then the histogram of scores."""
@@ -163,6 +167,7 @@ class DistillModule(nn.Module):
             temperature=partial(self._temperatures, emphasis=emphasis) if tempers else None,
             temper=self._temper if tempers and self._loss.curve else None,
             hard_negatives=settings.hard_negatives if negatives else 0,
+            told=SUMS.index("kl"),
         )
 
     def _temperatures(self, student: StudentRows, teacher: TeacherRows, *, emphasis: Emphasis) -> Tensor:

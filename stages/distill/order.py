@@ -1,9 +1,11 @@
 """Which records form each step, and who computes them: pure functions of seed, step, rank and world size.
 
-- The records of a step, the global batch, depend on the seed and the step alone, and on no step before it.
+- The records of a step, the global batch, depend on the seed and the step alone, and on no step before it; where hard
+  records are mined, also on the snapshot of difficulties that was taken as the epoch began.
 - Every epoch is a fresh permutation, cut into buckets of some global batches. A bucket's records are sorted by length
   into batches, and the batches shuffled: little is padded, and long and short take turns. What does not fill the last
   global batch is left out of that epoch.
+- A mined record comes once in either half of its epoch, and never twice in a bucket.
 - Ranks and micro-batches only divide a global batch: a micro-batch holds records of like length, and all ranks are at
   like lengths at the same time. Any world size that divides the global batch trains on the same steps.
 """
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.reader import Split
+from stages.distill.mining import Snapshot, compose
 
 Indices = NDArray[np.int64]
 
@@ -73,43 +76,71 @@ class TrainingOrder:
     """
 
     def __init__(
-        self, *, lengths_N2: Indices, seed: int, global_batch: int, epochs: int, bucket_batches: int = 1
+        self,
+        *,
+        lengths_N2: Indices,
+        seed: int,
+        global_batch: int,
+        epochs: int,
+        bucket_batches: int = 1,
+        mining_share: float = 0.0,
     ) -> None:
         count = lengths_N2.shape[0]
         if count < global_batch:
             raise ValueError(f"{count} records do not fill a global batch of {global_batch}")
         self.lengths_N2 = lengths_N2
         """Tokens of each record: prompt, response."""
-        self.steps_per_epoch = count // global_batch
-        self.steps = epochs * self.steps_per_epoch
+        self.steps_per_epoch: int = count // global_batch
+        self.steps: int = epochs * self.steps_per_epoch
         self._seed = seed
         self._global_batch = global_batch
         # Buckets of a quarter epoch at most: else a small set would be cut into the same batches in every epoch.
         self._bucket = min(bucket_batches, max(1, self.steps_per_epoch // 4))
+        self._half = self.steps_per_epoch // self._bucket // 2 * self._bucket * global_batch
+        places, left_over = self.steps_per_epoch * global_batch, count % global_batch
+        # At least as many as rest must be left that did not rest before.
+        self._repeats = min(int(mining_share * places), self._half, (count - 2 * left_over) // 3)
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
+        self._visits_R = lru_cache(maxsize=2)(self._make_visits)
         self._batches = lru_cache(maxsize=2)(self._make_batches)
 
-    def global_batch_of(self, step: int) -> Indices:
-        """The records of 0-based `step`."""
+    def global_batch_of(self, step: int, snapshot: Snapshot | None = None) -> Indices:
+        """The records of 0-based `step`. `snapshot` is that of its epoch; None where none are mined."""
         epoch, place = divmod(step, self.steps_per_epoch)
         bucket, within = divmod(place, self._bucket)
-        records: Indices = self._batches(epoch, bucket)[within]
+        records: Indices = self._batches(epoch, bucket, snapshot)[within]
         return records
 
-    def micro_batches(self, step: int, share: Share) -> Indices:
+    def micro_batches(self, step: int, share: Share, snapshot: Snapshot | None = None) -> Indices:
         """All micro-batches of a step, [accumulation, world, micro_batch]: `[:, rank]` is what a rank computes."""
-        records = tiled(self.global_batch_of(step), self.lengths_N2, share.micro_batch)
+        records = tiled(self.global_batch_of(step, snapshot), self.lengths_N2, share.micro_batch)
         return records.reshape(share.accumulation, -1, share.micro_batch)
 
-    def _make_epoch_order(self, epoch: int) -> Indices:
-        return _generator(self._seed, epoch, 0).permutation(self.lengths_N2.shape[0])
+    def visits_R(self, epoch: int, snapshot: Snapshot | None = None) -> Indices:
+        """How often each record comes in an epoch: 0, 1 or 2 times."""
+        visits_R: Indices = self._visits_R(epoch, snapshot)
+        return visits_R
 
-    def _make_batches(self, epoch: int, bucket: int) -> Indices:
+    def _make_visits(self, epoch: int, snapshot: Snapshot | None) -> Indices:
+        used = self._epoch_order(epoch, snapshot)[: self.steps_per_epoch * self._global_batch]
+        return np.bincount(used, minlength=self.lengths_N2.shape[0])
+
+    def _make_epoch_order(self, epoch: int, snapshot: Snapshot | None) -> Indices:
+        rng = _generator(self._seed, epoch, 0)
+        shuffled = rng.permutation(self.lengths_N2.shape[0])
+        if snapshot is None:
+            return shuffled
+        places = self.steps_per_epoch * self._global_batch
+        twice, once = compose(snapshot, shuffled, repeats=self._repeats, places=places)
+        halves = np.split(rng.permutation(once), [self._half - self._repeats])
+        return np.concatenate([rng.permutation(np.concatenate([twice, half])) for half in halves])
+
+    def _make_batches(self, epoch: int, bucket: int, snapshot: Snapshot | None) -> Indices:
         """The global batches of one bucket, [batches, global batch], in the order in which they are trained on."""
         first = bucket * self._bucket
         last = min(first + self._bucket, self.steps_per_epoch)
         size = self._global_batch
-        records = tiled(self._epoch_order(epoch)[first * size : last * size], self.lengths_N2, size)
+        records = tiled(self._epoch_order(epoch, snapshot)[first * size : last * size], self.lengths_N2, size)
         return _generator(self._seed, epoch, bucket + 1).permutation(records.reshape(-1, size))
 
 

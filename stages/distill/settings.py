@@ -65,6 +65,9 @@ class ObjectiveSettings:
         return self.temperature > 1 or self.temperature_mode in ("entropy", "adaptive")
 
 
+MOST_MINED = 0.25
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillSettings:
     epochs: int = 3
@@ -76,6 +79,11 @@ class DistillSettings:
     bucket_batches: int = 16
     """Global batches whose records are sorted by length together, so that little is padded; 1 sorts none together.
     Records of like length may be of a kind, and a small global batch of one kind teaches less."""
+    mining_share: float = 0.0
+    """Share of the records, the hardest by their KL, that come twice in every epoch but the first; as many of the
+    easiest rest. 0 mines none."""
+    mining_memory: float = 0.5
+    """What a record's difficulty keeps of its earlier visits when it comes again."""
     learning_rate: float = 2e-3
     layer_decay: float = 0.9
     """Layer l of L learns with learning_rate * layer_decay ** (L - 1 - l)."""
@@ -115,6 +123,12 @@ class DistillSettings:
             raise ValueError("distill.precision must be auto, bf16, fp16 or fp32")
         if self.learning_rate <= 0 or self.clip <= 0:
             raise ValueError("distill.learning_rate and distill.clip must be above 0")
+        if not 0 <= self.mining_share <= MOST_MINED:
+            raise ValueError(f"distill.mining_share must lie between 0 and {MOST_MINED}")
+        if self.mining_share and self.epochs < 2:
+            raise ValueError("distill.mining_share needs distill.epochs of 2 or more: the first measures difficulty")
+        if not 0 <= self.mining_memory < 1:
+            raise ValueError("distill.mining_memory must lie between 0 and 1, without 1")
         if not 0 <= self.warmup < 1 or not 0 < self.layer_decay <= 1 or not 0 <= self.final_rate <= 1:
             raise ValueError("distill.warmup, layer_decay and final_rate must lie in [0, 1]")
 

@@ -13,6 +13,7 @@ from stages.distill.checkpoint import CheckpointFolder, Milestone
 from stages.distill.engine import Engine
 from stages.distill.losses.fused import BLOCK_ROWS
 from stages.distill.memory import free_device_bytes, free_host_bytes
+from stages.distill.mining import RecordDifficulty, require_minable
 from stages.distill.objective import DistillModule, needs_attention
 from stages.distill.order import TrainingOrder, record_lengths
 from stages.distill.placement import Placement, Room, Workload, choose, workload
@@ -38,6 +39,8 @@ class Training:
     order: TrainingOrder
     placement: Placement
     engine: Engine
+    difficulty: RecordDifficulty | None
+    """None where no records are mined."""
     done: Milestone
     """Where the run stood when it was last saved."""
 
@@ -56,12 +59,15 @@ def begin(
     """Raises StageError where the settings do not fit the shards or the ranks, or a checkpoint is of another run."""
     train = shards.split("train")
     try:
+        if settings.mining_share:
+            require_minable(shards.contract)
         order = TrainingOrder(
             lengths_N2=record_lengths(train),
             seed=settings.seed,
             global_batch=settings.global_batch,
             epochs=settings.epochs,
             bucket_batches=settings.bucket_batches,
+            mining_share=settings.mining_share,
         )
         student = fresh_student(shards, settings, shape)
         module = DistillModule(student, objective, shards.contract)
@@ -85,8 +91,11 @@ def begin(
     elif settings.pca_init:
         _start_from_pca(student, shards, emit)
     engine = Engine(module, settings, precision=precision, placement=placement, world=world)
+    difficulty = RecordDifficulty(len(train), memory=settings.mining_memory) if settings.mining_share else None
     if resumed:
         engine.load(resumed[1])
+        if difficulty:
+            difficulty.restore(resumed[1].records)
     return Training(
         world=world,
         train=train,
@@ -95,6 +104,7 @@ def begin(
         order=order,
         placement=placement,
         engine=engine,
+        difficulty=difficulty,
         done=done,
     )
 

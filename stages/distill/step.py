@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.distill.batches import Batch, Prefetcher
@@ -29,8 +31,8 @@ class StepPlan:
     """0-based."""
     micro_batches: Indices
     """Record numbers, [accumulation, ranks, micro-batch]."""
-    positions: int
-    """Predicted positions of the whole global batch."""
+    positions: NDArray[np.int64]
+    """Predicted positions of each of them."""
     emphasis: Emphasis
 
 
@@ -40,6 +42,10 @@ class StepReport:
 
     means: dict[str, float]
     """Each term of SUMS, as a mean over the positions of the global batch."""
+    records: Indices
+    """Those of the plan's micro-batches."""
+    record_kl: NDArray[np.float64]
+    """Mean KL of each of them over its positions."""
     difficulty: Difficulty | None
     """Of the global batch, where temperatures depend on it."""
     positions: int
@@ -69,33 +75,38 @@ def take_step(
     weights change; the caller must not save anything after either.
     """
     start, waited = time.perf_counter(), batches.waited
+    positions = int(plan.positions.sum())
     sums = torch.zeros(*plan.micro_batches.shape[:2], len(SUMS), dtype=torch.float64)
+    record_kl = torch.zeros(plan.micro_batches.shape, dtype=torch.float64)
     score_counts = torch.zeros(1, dtype=torch.float64)  # broadcast: its length is the module's to know
     # The engine takes a mean over ranks and micro-batches, whatever each of them holds: undo it.
-    scale = sums.shape[0] * sums.shape[1] / plan.positions
+    scale = sums.shape[0] * sums.shape[1] / positions
     for turn in range(sums.shape[0]):
         if turn:
             engine.step()  # between micro-batches it counts, and no more
         terms = engine.forward(next(batches), scale=scale, emphasis=plan.emphasis)
         engine.backward(terms.objective)
         sums[turn, world.rank] = terms.sums.to(sums.device)
+        record_kl[turn, world.rank] = terms.record_kl_B.to(sums.device)
         score_counts = score_counts + terms.score_counts.to(sums.device)
     asides = torch.tensor([batches.waited - waited, float(stop())], dtype=torch.float64)
     memory = torch.zeros(world.size, dtype=torch.float64)
     memory[world.rank] = peak_bytes(world.device)
-    parts = [sums.flatten(), score_counts, asides, memory]
+    parts = [sums.flatten(), record_kl.flatten(), score_counts, asides, memory]
     together = world.total(torch.cat(parts))
-    sums_flat, score_counts, asides, memory = together.split([part.numel() for part in parts])
+    sums_flat, record_kl_flat, score_counts, asides, memory = together.split([part.numel() for part in parts])
     sums = sums_flat.view_as(sums)
     _require_finite(sums, plan, sample_ids)
     grad_norm = engine.step()
     if not (engine.may_overflow or torch.tensor(grad_norm).isfinite()):
         raise _diverged(f"the gradient of step {plan.step} is not finite", sample_ids(plan.micro_batches.ravel()))
-    means = (sums.sum((0, 1)) / plan.positions).tolist()
+    means = (sums.sum((0, 1)) / positions).tolist()
     return StepReport(
         means=dict(zip(SUMS, means, strict=True)),
+        records=plan.micro_batches,
+        record_kl=record_kl_flat.view_as(record_kl).numpy() / plan.positions,
         difficulty=Difficulty.of(score_counts),
-        positions=plan.positions,
+        positions=positions,
         grad_norm=grad_norm,
         data_wait=float(asides[0]) / world.size,
         memory=float(memory.max()),

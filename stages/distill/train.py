@@ -26,6 +26,7 @@ from stages.distill.evaluate import EvaluationReport, evaluate
 from stages.distill.export import export_model, exported_facts
 from stages.distill.identity import identity_of
 from stages.distill.interruption import StopRequest
+from stages.distill.mining import Snapshot
 from stages.distill.objective import Emphasis, left_out, told_names
 from stages.distill.optimizer import set_rates
 from stages.distill.order import Indices
@@ -139,8 +140,18 @@ class _Loop:
         report = self._validate() if self._done.step in (0, self._total) else None
         if report and self._done.step == 0:
             self._done = dataclasses.replace(self._done, untrained=dataclasses.asdict(report))
-        with closing(Prefetcher(self._load, self._micro_batches())) as batches:
-            for step in range(self._done.step, self._total):
+        while self._done.step < self._total:
+            report, stopped = self._run_on()
+            if stopped:
+                break
+        return self._done, report if self._done.step == self._total else None
+
+    def _run_on(self) -> tuple[EvaluationReport | None, bool]:
+        """Step as far as the order is known: the last report, and whether a stop was asked for."""
+        first, end = self._done.step, self._known_until()
+        report = None
+        with closing(Prefetcher(self._load, self._micro_batches(first, end))) as batches:
+            for step in range(first, end):
                 self._set_rates(step)
                 outcome = take_step(
                     self._plan(step),
@@ -152,11 +163,18 @@ class _Loop:
                 )
                 report = self._finish_step(outcome)
                 if outcome.stop:
-                    break
-        return self._done, report if self._done.step == self._total else None
+                    return report, True
+        return report, False
+
+    def _known_until(self) -> int:
+        """Where records are mined, what comes after an epoch depends on what is measured in it."""
+        order = self._training.order
+        if self._training.difficulty is None:
+            return order.steps
+        return (self._done.step // order.steps_per_epoch + 1) * order.steps_per_epoch
 
     def _finish_step(self, outcome: StepReport) -> EvaluationReport | None:
-        """Tell, validate and save what is due after a step."""
+        """Tell, learn, validate and save what is due after a step."""
         step = self._done.step + 1
         self._done = dataclasses.replace(
             self._done,
@@ -167,6 +185,7 @@ class _Loop:
             difficulty=None if outcome.difficulty is None else dataclasses.asdict(outcome.difficulty),
         )
         self._tell(outcome)
+        self._mine(outcome)
         last = step == self._total
         report = self._validate() if last or step % self._settings.validate_every == 0 else None
         if report:
@@ -179,11 +198,11 @@ class _Loop:
 
     def _plan(self, step: int) -> StepPlan:
         training = self._training
-        micro_batches = training.order.micro_batches(step, training.placement.share)
+        micro_batches = training.order.micro_batches(step, training.placement.share, self._snapshot)
         return StepPlan(
             step=step,
             micro_batches=micro_batches,
-            positions=int(training.train.positions[micro_batches].sum()),
+            positions=training.train.positions[micro_batches].astype(np.int64),
             emphasis=self._emphasis(step),
         )
 
@@ -191,11 +210,32 @@ class _Loop:
         found = self._done.difficulty
         return Emphasis.at(self._objective, step, self._total, None if found is None else Difficulty(**found))
 
-    def _micro_batches(self) -> Iterator[Indices]:
-        """What this rank computes, from the first step to the last."""
+    @property
+    def _snapshot(self) -> Snapshot | None:
+        difficulty = self._training.difficulty
+        return None if difficulty is None else difficulty.snapshot
+
+    def _micro_batches(self, first: int, end: int) -> Iterator[Indices]:
+        """What this rank computes in steps `first` to `end`."""
         order, share, rank = self._training.order, self._training.placement.share, self._training.world.rank
-        for step in range(self._done.step, self._total):
-            yield from order.micro_batches(step, share)[:, rank]
+        for step in range(first, end):
+            yield from order.micro_batches(step, share, self._snapshot)[:, rank]
+
+    def _mine(self, outcome: StepReport) -> None:
+        """Learn how hard the step's records were; as an epoch ends, settle what the next one holds."""
+        order, difficulty, step = self._training.order, self._training.difficulty, self._done.step
+        if difficulty is None:
+            return
+        difficulty.observe(outcome.records.ravel(), outcome.record_kl.ravel())
+        epoch, within = divmod(step - 1, order.steps_per_epoch)
+        visits_R = order.visits_R(epoch, difficulty.snapshot)
+        values = {
+            "mined_share": float((visits_R[outcome.records] == 2).mean()),
+            "difficulty_spread": difficulty.spread,
+        }
+        self._emit(Metric(stage=STAGE, step=step, values=values))
+        if within == order.steps_per_epoch - 1:
+            difficulty.begin_epoch(visits_R == 0)
 
     def _load(self, records: Indices) -> Batch:
         training = self._training
@@ -239,7 +279,9 @@ class _Loop:
         return report
 
     def _save(self) -> None:
-        state = self._training.engine.state()
+        state, difficulty = self._training.engine.state(), self._training.difficulty
+        if difficulty:
+            state = dataclasses.replace(state, records=difficulty.state())
         if self._training.world.rank == 0:
             self._checkpoints.save(self._done, state, keep=self._settings.keep_checkpoints)
         self._training.world.barrier()

@@ -44,6 +44,8 @@ class RowObjective:
     """The teacher at it. None: no loss looks at the tempered sides, and no second softmax is computed."""
     hard_negatives: int = 0
     """M: how many of the student's best ids outside the kept ones `StudentRows.log_hard_NM` shows."""
+    told: int = 0
+    """Which of the terms `FusedRows.told_N` tells row by row."""
 
 
 class FusedRows(NamedTuple):
@@ -53,6 +55,8 @@ class FusedRows(NamedTuple):
     """Each term summed over rows: a scalar, or [C] of a loss that gives C numbers a row."""
     top1_N: Tensor
     """bool: the teacher's most probable id is the student's too."""
+    told_N: Tensor
+    """The value of one term, that of `RowObjective.told`, in each row; without a gradient."""
     top5_N: Tensor | None
     """bool: it is among the student's five most probable. Looked up only where gradients are switched off, because it
     costs half as much as the logits."""
@@ -73,9 +77,9 @@ def fused_rows(
         raise ValueError(f"{teacher.ids_NK.shape[1]} kept ids of a vocabulary of {weight_VD.shape[0]} leave no rest")
     block_rows = block_rows or BLOCK_ROWS[hidden_ND.device.type]
     if torch.is_grad_enabled():
-        objective, top1_N, *sums = _FusedRows.apply(hidden_ND, weight_VD, teacher, what, block_rows)
-        return FusedRows(objective, tuple(sums), top1_N, None, None)
-    sums, top1, top5, calibration = [], [], [], []
+        objective, top1_N, told_N, *sums = _FusedRows.apply(hidden_ND, weight_VD, teacher, what, block_rows)
+        return FusedRows(objective, tuple(sums), top1_N, told_N, None, None)
+    sums, told, top1, top5, calibration = [], [], [], [], []
     for rows, logits_NV, spare_NV in _logits(hidden_ND, weight_VD, what, block_rows):
         block_teacher = teacher.rows(rows)
         first_N = logits_NV.gather(1, block_teacher.ids_NK[:, :1]).squeeze(1)
@@ -84,10 +88,12 @@ def fused_rows(
         confidence_N = (best_N5[:, 0] - logits_NV.logsumexp(1)).exp()
         calibration.append(_calibration(confidence_N, ids_N5[:, 0] == block_teacher.labels_N))
         block = _Block(logits_NV, spare_NV, block_teacher, what)
-        sums.append(_sums(block.rows(), what))
+        block_sums, told_N = _sums(block.rows(), what)
+        sums.append(block_sums)
+        told.append(told_N)
         top1.append(block.top1_N)
-    totals = _added(sums)
-    return FusedRows(_weighted(totals, what), totals, torch.cat(top1), torch.cat(top5), torch.stack(calibration).sum(0))
+    totals, rows_told = _added(sums), (torch.cat(top1), torch.cat(told), torch.cat(top5))
+    return FusedRows(_weighted(totals, what), totals, *rows_told, torch.stack(calibration).sum(0))
 
 
 class _FusedRows(torch.autograd.Function):
@@ -97,20 +103,21 @@ class _FusedRows(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=_wide(weight_VD.dtype))
-        sums, top1 = [], []
+        sums, told, top1 = [], [], []
         for rows, logits_NV, spare_NV in _logits(hidden_ND, weight_VD, what, block_rows):
             block = _Block(logits_NV, spare_NV, teacher.rows(rows), what)
-            block_sums, grad_NV = _differentiate(block, what)
+            block_sums, told_N, grad_NV = _differentiate(block, what)
             grad_NV = grad_NV.to(hidden_ND.dtype)
             torch.mm(grad_NV, weight_VD, out=grad_hidden_ND[rows])
             _add_outer(grad_weight_VD, grad_NV, hidden_ND[rows])
             sums.append(block_sums)
+            told.append(told_N)
             top1.append(block.top1_N)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
-        totals, top1_N = _added(sums), torch.cat(top1)
-        ctx.mark_non_differentiable(top1_N, *totals)
-        return _weighted(totals, what), top1_N, *totals
+        totals, top1_N, told_N = _added(sums), torch.cat(top1), torch.cat(told)
+        ctx.mark_non_differentiable(top1_N, told_N, *totals)
+        return _weighted(totals, what), top1_N, told_N, *totals
 
     @staticmethod
     @once_differentiable
@@ -144,7 +151,7 @@ class _RowsFromLogits(torch.autograd.Function):
             rows = slice(start, start + BLOCK_ROWS[logits_NV.device.type])
             buffer_NV = logits_NV[rows].to(_wide(logits_NV.dtype), copy=True)
             spare_NV = None if what.temper is None else torch.empty_like(buffer_NV)
-            block_sums, block_grad_NV = _differentiate(_Block(buffer_NV, spare_NV, teacher.rows(rows), what), what)
+            block_sums, _, block_grad_NV = _differentiate(_Block(buffer_NV, spare_NV, teacher.rows(rows), what), what)
             grad_NV[rows] = block_grad_NV.to(grad_NV.dtype)
             sums.append(block_sums)
         ctx.save_for_backward(grad_NV)
@@ -271,21 +278,23 @@ def _logits(
         yield rows, out_NV, None if spare is None else spare[: rows.stop - start]
 
 
-def _differentiate(block: _Block, what: RowObjective) -> tuple[tuple[Tensor, ...], Tensor]:
+def _differentiate(block: _Block, what: RowObjective) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Sums of the terms, the term that is told row by row, and the gradient with respect to the logits."""
     gradients: tuple[Tensor, ...]
     leaves = [tensor.requires_grad_() for tensor in block.leaves.tensors()]
     with torch.enable_grad():
-        sums = _sums(block.rows(), what)
+        sums, told_N = _sums(block.rows(), what)
         objective = _weighted(sums, what)
         if objective.requires_grad:
             gradients = torch.autograd.grad(objective, leaves, materialize_grads=True)
         else:  # nothing weighs
             gradients = tuple(torch.zeros_like(leaf) for leaf in leaves)
-    return tuple(total.detach() for total in sums), block.gradient(_Leaves(*gradients))
+    return tuple(total.detach() for total in sums), told_N, block.gradient(_Leaves(*gradients))
 
 
-def _sums(rows: Rows, what: RowObjective) -> tuple[Tensor, ...]:
-    return tuple(loss(rows).sum(0) for loss, _ in what.terms)
+def _sums(rows: Rows, what: RowObjective) -> tuple[tuple[Tensor, ...], Tensor]:
+    values = [loss(rows) for loss, _ in what.terms]
+    return tuple(value.sum(0) for value in values), values[what.told].detach()
 
 
 def _added(sums: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
