@@ -99,7 +99,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
     """CPU seconds of every way in every round."""
-    dtype = resolve_dtype("auto")
+    dtype = resolve_dtype("auto", folder)
     length = PROMPT + RESPONSE
     settings = TeacherSettings(dtype=dtype, head_dtype=dtype, max_model_len=length, max_batched_tokens=SAMPLES * length)
     samples = make_samples()

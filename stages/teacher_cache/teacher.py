@@ -42,6 +42,8 @@ class TeacherFacts:
     hidden_size: int
     logits_scale: float
     """What the head's product is multiplied with."""
+    quantisation: str
+    """The method by which the weights are packed ("fp8", "awq", "gptq", …); empty where they are not."""
 
 
 def read_facts(folder: Path) -> TeacherFacts:
@@ -55,6 +57,7 @@ def read_facts(folder: Path) -> TeacherFacts:
             layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             logits_scale=float(config.get("logit_scale") or 1.0),
+            quantisation=(config.get("quantization_config") or {}).get("quant_method", ""),
         )
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise StageError(

