@@ -4,6 +4,10 @@ As a program it forks writers and kills them:
 
     recorded.py sweep FOLDER TEACHER
     recorded.py race FOLDER TEACHER
+
+or works with two replicas, slowly enough to be stopped:
+
+    recorded.py replicated FOLDER TEACHER
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.launch import Machine
+from pipeline.replicas import replicas
 from shards.durable import LocalDisk
 from shards.manifest import Manifest
 from stages.corpus.fingerprint import tokenizer_fingerprint
@@ -234,6 +240,13 @@ def race(folder: Path, teacher: Path) -> int:
     return killed
 
 
+def replicated(folder: Path, teacher: Path) -> int:
+    """Fill one folder with two replicas; returns how many shards there are."""
+    with replicas(2, 1, Machine(gpus=0, cores=2), [1]) as spread:
+        corpus = make_corpus(teacher, train=50, dev=6)
+        return len(fill(folder, teacher, corpus=corpus, spread=spread, before=lambda _: time.sleep(0.4)).shards)
+
+
 def _fill_and_die(folder: Path, teacher: Path, at: int) -> None:
     """Count every operation of the disk, from both threads, and die before the `at`-th is carried out."""
     left = at
@@ -276,5 +289,5 @@ def _end(child: int) -> int:
 
 
 if __name__ == "__main__":
-    verbs = {"sweep": sweep, "race": race}
+    verbs = {"sweep": sweep, "race": race, "replicated": replicated}
     print(verbs[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3])))

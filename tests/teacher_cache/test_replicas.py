@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 import torch
 
@@ -15,14 +22,18 @@ from pipeline.errors import PipelineError
 from pipeline.launch import Machine
 from pipeline.replicas import replicas
 from shards.manifest import is_sealed
+from shards.planes2.codec import Planes2
 from shards.reader import ShardSet
 from shards.record import Record
+from shards.shard import ShardReader
 from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Event, Metric, Note, Progress
+from stages.teacher_cache.cache import fill_cache
 from stages.teacher_cache.calibration import _captured
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.replica import InProcess, ReplicaDied, Spread
+from stages.teacher_cache.settings import CacheSettings, TeacherSettings
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +66,76 @@ def test_W3_replicas_killed_at_random_leave_the_bytes_of_an_undisturbed_run(
     assert last.done == last.total, "what a dead replica had captured does not count twice"
     (*_, speeds) = (event.values for event in events if isinstance(event, Metric))
     assert speeds.keys() == {"replica_0_tokens_per_s", "replica_1_tokens_per_s"}
+
+
+def test_ctrl_c_drops_the_units_under_way_and_leaves_no_process_behind(
+    tmp_path: Path, recorded: ModuleType, recorded_teacher: Path
+) -> None:
+    """As a terminal sends it: to the whole group. The same command then goes on to an undisturbed run's bytes."""
+    folder = tmp_path / "stopped"
+    words = [sys.executable, recorded.__file__, "replicated", str(folder), str(recorded_teacher)]
+    program = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    family = psutil.Process(program.pid)
+    children: list[psutil.Process] = []
+    while not list(folder.glob("*.arrow")) or sum(_is_replica(child) for child in children) < 2:
+        assert program.poll() is None, program.stderr.read() if program.stderr else ""
+        time.sleep(0.05)
+        children = family.children(recursive=True)
+    os.killpg(program.pid, signal.SIGINT)
+    _, said = program.communicate(timeout=120)
+    assert program.returncode != 0
+    assert said.rstrip().endswith("KeyboardInterrupt"), said
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+    assert not is_sealed(folder)
+    assert list(folder.rglob("*.tmp")) == []
+    published = sorted(folder.glob("*.arrow"))
+    for path in published:
+        with ShardReader.open(path) as shard:
+            shard.verify()
+    engines: list = []
+    corpus = recorded.make_corpus(recorded_teacher, train=50, dev=6)
+    recorded.fill(folder, recorded_teacher, corpus=corpus, engines=engines)
+    recorded.fill(tmp_path / "undisturbed", recorded_teacher, corpus=corpus)
+    assert len(engines[0].captured) < 56, "what was published is not captured again"
+    assert contents(folder) == contents(tmp_path / "undisturbed")
+
+
+def _is_replica(process: psutil.Process) -> bool:
+    try:
+        return process.name().startswith("ray::_Host")
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.long
+def test_vllm_in_two_replicas_leaves_the_bytes_of_one(
+    tmp_path: Path, recorded: ModuleType, tiny_qwen3: Path, recorded_teacher: Path, two: Spread
+) -> None:
+    """The real engine and codec, one core a replica."""
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(recorded_teacher / name, tiny_qwen3 / name)
+    settings = TeacherSettings(
+        model="tiny", dtype="float32", head_dtype="float32", max_model_len=64, max_batched_tokens=64
+    )
+    cache = CacheSettings(k=8, curve=(0.5, 0.25), attention_top_m=3, records_per_shard=4, pca_width=6)
+    corpus, events = recorded.make_corpus(tiny_qwen3, train=30, dev=6), list[Event]()
+    for folder, spread in (("one", lambda order: two(order)[:1]), ("two", two)):
+        fill_cache(
+            corpus=corpus,
+            teacher=settings,
+            cache=cache,
+            teacher_folder=tiny_qwen3,
+            folder=tmp_path / folder,
+            emit=events.append,
+            spread=spread,
+        )
+    assert warnings(events) == []
+    assert any("2 replicas of vllm" in event.text for event in events if isinstance(event, Note))
+    shards = ShardSet(tmp_path / "two")
+    assert shards.contract.codec == Planes2.name
+    assert shards.manifest.totals()["records"] == 36
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_records_that_no_replica_survives_are_rejected_and_the_rest_goes_on(

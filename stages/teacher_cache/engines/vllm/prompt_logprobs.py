@@ -30,12 +30,12 @@ class PromptLogprobsEngine(InProcessVllm):
     """A TeacherEngine for the selections topk and adaptive, without curve and attention."""
 
     def __init__(self, folder: Path, teacher: TeacherSettings, spec: CaptureSpec) -> None:
-        super().__init__(folder, teacher)
         if spec.selection.kind not in ("topk", "adaptive") or spec.curve or spec.attention is not None:
             raise StageError(
                 "the engine prompt_logprobs gives top-k log-probabilities and nothing else",
                 hint="set cache.selection to topk or adaptive, cache.curve = [] and cache.attention_depths = []",
             )
+        super().__init__(folder, teacher)
         self._spec = spec
 
     @property
