@@ -63,23 +63,38 @@ def export_shards(
 
 
 def estimate(
-    path: Annotated[str, typer.Argument(help="A small shard set, made as the planned one will be.")],
-    positions: Annotated[int, typer.Option("--positions", min=1, help="Response tokens of the planned set.")],
+    path: Annotated[str | None, typer.Argument(help="A small shard set, made as the planned one will be.")] = None,
+    positions: Annotated[
+        int | None, typer.Option("--positions", min=1, help="Response tokens of the planned set.")
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option("--rate", min=1e-6, help="Response tokens a second and machine. [default: its run's]"),
     ] = None,
     machines: Annotated[int, typer.Option("--machines", min=1, help="Machines like that of the sample.")] = 1,
     price: Annotated[float | None, typer.Option("--price", min=0, help="Of one machine and hour.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="No set: both stages for Qwen3-8B on GPUs, on paper.")] = False,
+    peak: Annotated[float, typer.Option("--peak", help="With --plan: bf16 TFLOP/s of one GPU, assumed.")] = 989.0,
+    utilisation: Annotated[float, typer.Option("--utilisation", help="With --plan: prefill's share of it.")] = 0.4,
+    store: Annotated[float, typer.Option("--store", help="With --plan: GB/s of a machine's object store.")] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
     """Tell bytes, hours and cost of a planned teacher cache.
 
-    From a few real samples that are cached already, before anything is spent.
+    From a few real samples that are cached already, before anything is spent. With --plan, from the committed
+    benchmarks and stated assumptions: Qwen3-8B on 1, 8 and 64 GPUs, 1 and 100 billion response tokens, and what each
+    stage waits for.
     """
+    from pipeline.errors import UsageError
     from pipeline.estimate import estimate as tell
+    from pipeline.plan import Assumptions, told
 
-    print_lines(tell(path, positions, rate=rate, machines=machines, price=price, as_json=as_json))
+    if plan:
+        print_lines(told(Assumptions(peak=peak, utilisation=utilisation, store=store), as_json=as_json))
+    elif path is None or positions is None:
+        raise UsageError("an estimate takes a shard set and --positions", hint="or --plan, which takes neither")
+    else:
+        print_lines(tell(path, positions, rate=rate, machines=machines, price=price, as_json=as_json))
 
 
 def import_cache(
