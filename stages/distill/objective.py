@@ -25,7 +25,7 @@ from stages.distill.losses.cross_entropy import cross_entropy
 from stages.distill.losses.fused import RowObjective, fused_rows
 from stages.distill.losses.hard_negatives import hard_mass, hard_share
 from stages.distill.losses.partition import tempered_teacher
-from stages.distill.losses.rows import Rows, StudentRows, TeacherRows, plain
+from stages.distill.losses.rows import Rows, StudentRows, TeacherRows, plain, where_unsure
 from stages.distill.losses.table import LOSSES, require_supported, yardstick
 from stages.distill.schedules import attention_factor, weight_factor
 from stages.distill.settings import ObjectiveSettings
@@ -154,6 +154,8 @@ class DistillModule(nn.Module):
         """Terms in the order of SUMS, then the histogram of scores."""
         settings, negatives = self._settings, self._loss.hard_negatives
         kd = self._loss.build(settings) if settings.kd_weight else yardstick(self._contract)
+        if settings.least_entropy:
+            kd = where_unsure(kd, settings.least_entropy)
         kept = _kept if self._contract.selection.logprobs else _nothing
         shares = (hard_share, hard_mass) if negatives else (_nothing, _nothing)
         measured = [yardstick(self._contract), kept, _temperature, *shares, *([self._count] if self._score else [])]

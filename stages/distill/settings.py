@@ -32,6 +32,8 @@ class ObjectiveSettings:
     """Of `jensen_shannon`: the teacher's share of the mixture."""
     hard_negatives: int = 32
     """Of `water_filled_kl`: how many of the student's best ids may be hard negatives."""
+    least_entropy: float = 0.0
+    """Where the teacher's entropy is below so many nats it teaches nothing: only the other terms do."""
     temperature_mode: str = "fixed"
     """"fixed", "schedule" (a cosine from `temperature` to 1), or, on top of that schedule, a temperature for each
     position by the teacher's "entropy" or by how far the student is off ("adaptive")."""
@@ -54,6 +56,8 @@ class ObjectiveSettings:
             raise ValueError("objective.beta must lie between 0 and 1")
         if self.hard_negatives < 1:
             raise ValueError("objective.hard_negatives must be at least 1")
+        if self.least_entropy < 0:
+            raise ValueError("objective.least_entropy must not be negative")
         if not 1 <= self.temperature <= self.temperature_cap:
             raise ValueError("objective.temperature must lie between 1 and objective.temperature_cap")
         if self.temperature_contrast < 0:

@@ -171,7 +171,29 @@ def test_an_unknown_tail_is_refused_by_all_losses_that_look_at_it() -> None:
         if loss.tail:
             with pytest.raises(ValueError, match="which these shards do not know"):
                 require_supported(ObjectiveSettings(kd=name), unknown)
+    with pytest.raises(ValueError, match="least_entropy needs the teacher's entropy"):
+        require_supported(ObjectiveSettings(kd="topk_kl_renormalised", least_entropy=0.5), unknown)
     require_supported(ObjectiveSettings(kd="topk_kl_renormalised"), unknown)
+
+
+@pytest.mark.parametrize("kd", ["tail_bucket_kl", "sampled_kl"])
+def test_a_teacher_that_is_sure_teaches_nothing_where_least_entropy_says_so(
+    kd: str, student: MiniCodformerForConditionalGeneration
+) -> None:
+    contract, batch = contract_of(SELECTIONS[SUITED[kd]]), batch_of(SUITED[kd])
+    entropy_N = batch.teacher.entropy_N
+    least = float(entropy_N.sort().values[len(entropy_N) // 3])  # which that position reaches
+    alone = ObjectiveSettings(kd=kd, ce_weight=0.0)
+    settings = dataclasses.replace(alone, least_entropy=least)
+    chosen = DistillModule(student, settings, contract)
+    unsure = batch.teacher.rows(entropy_N >= least)  # type: ignore[arg-type]  # a mask picks rows as a slice does
+    few = dataclasses.replace(batch, rows_N=batch.rows_N[entropy_N >= least], teacher=unsure)
+    assert 0 < few.positions < batch.positions
+    whole = DistillModule(student, alone, contract)
+    torch.testing.assert_close(hidden_gradient(chosen, batch), hidden_gradient(whole, few))
+    kd_sum, kl_sum = (chosen(batch).sums[SUMS.index(name)] for name in ("kd", "kl"))
+    torch.testing.assert_close(kd_sum, whole(few).sums[SUMS.index("kd")])
+    torch.testing.assert_close(kl_sum, whole(batch).sums[SUMS.index("kl")])  # the yardstick is over all
 
 
 def test_without_gradients_the_five_best_are_counted_too(module: DistillModule, record: Callable[..., Record]) -> None:

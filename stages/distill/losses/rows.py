@@ -89,6 +89,11 @@ def tempered(loss: PairLoss) -> RowLoss:
     return lambda rows: rows.temperature_N.square() * loss(rows.tempered_student, rows.tempered_teacher)
 
 
+def where_unsure(loss: RowLoss, least: float) -> RowLoss:
+    """The loss where the teacher's entropy is `least` nats or more, 0 elsewhere."""
+    return lambda rows: torch.where(rows.teacher.entropy_N >= least, loss(rows), 0.0)
+
+
 def log_difference(log_whole: Tensor, log_part: Tensor) -> Tensor:
     """log(whole - part); -inf where rounding leaves nothing of the whole."""
     log_ratio = (log_part - log_whole).clamp_max(0.0).masked_fill(torch.isneginf(log_whole), -torch.inf)

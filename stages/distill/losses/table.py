@@ -85,6 +85,8 @@ def require_supported(settings: ObjectiveSettings, contract: Contract) -> None:
         raise ValueError(f"{name} compares log-probabilities; this selection {kind!r} keeps none: take 'sampled_kl'")
     if loss.tail and not selection.tail_known:
         raise ValueError(f"{name} needs the mass of the ids that were not kept, which these shards do not know")
+    if settings.least_entropy and not selection.tail_known:
+        raise ValueError("objective.least_entropy needs the teacher's entropy, which these shards do not know")
     _require_temperature(settings, contract, loss)
 
 
