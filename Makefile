@@ -98,12 +98,17 @@ share: setup ## write the dataset card of a shard set (SHARDS=folder)
 serve: setup ## the newest student (or NAME=run) over HTTP on this machine: a page to chat on, and OpenAI's protocol
 	@$(CLI) serve $(NAME)
 
-# student_quality trains for hours; it goes on where it stopped: python -m benchmarks.student_quality
-BENCHMARKS = $(filter-out student_quality,$(patsubst benchmarks/results/%.json,%,$(wildcard benchmarks/results/*.json)))
+# These two train for an hour and more, and go on where they stopped: make bench-quality, python -m benchmarks.student_quality
+BENCHMARKS = $(filter-out quality student_quality,$(patsubst benchmarks/results/%.json,%,$(wildcard benchmarks/results/*.json)))
 
 .PHONY: bench
 bench: setup ## every benchmark on this machine, then benchmarks/RESULTS.md (about half an hour on 2 cores)
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(PYTHON) -m benchmarks.$$name || exit 1; done
+	@$(PYTHON) -m benchmarks.report
+
+.PHONY: bench-quality
+bench-quality: setup ## what students learn from a cache, beside labels alone and the whole teacher (about 40 minutes; resumes)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.quality
 	@$(PYTHON) -m benchmarks.report
 
 QUICK = benchmarks/results/quick

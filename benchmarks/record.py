@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = RESULTS / "quick"
@@ -92,6 +93,25 @@ def write(
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """What trains for long keeps each run as one line of a file, so that it goes on where it stopped."""
+
+    path: Path
+
+    def finished(self) -> list[dict[str, Any]]:
+        """All runs so far; a line that a kill cut short is none."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def append(self, facts: dict[str, Any]) -> None:
+        whole = self.path.read_bytes() if self.path.exists() else b""
+        with self.path.open("ab") as file:
+            if not whole.endswith(b"\n"):
+                file.truncate(whole.rfind(b"\n") + 1)
+            file.write(json.dumps(facts).encode() + b"\n")
 
 
 def _figure(value: float) -> float:

@@ -11,7 +11,6 @@ again; the table is made from that file. Run from the repository's root:
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sysconfig
 import time
@@ -24,13 +23,13 @@ import torch.nn.functional as F
 from ncps.torch import CfC
 from torch import Tensor, nn
 
-from benchmarks.record import RESULTS, Row, compare, write
+from benchmarks.record import RESULTS, Row, Runs, compare, write
 from stages.student.config import MiniCodformerConfig
 from stages.student.encoder import RotaryEmbedding, rotate
 from stages.student.layers import RMSNorm, SwiGLU, split_heads
 from stages.student.ltc import LiquidMixer
 
-RUNS = RESULTS / "student_quality.jsonl"
+RUNS = Runs(RESULTS / "student_quality.jsonl")
 WIDTH, HEADS, LAYERS, KERNEL = 128, 2, 2, 4
 LENGTH, BATCH, STEPS = 256, 8, 300
 PAIRS, SYMBOLS, RECALL_BATCH, RECALL_STEPS = 8, 64, 64, 400
@@ -223,14 +222,10 @@ def run(setting: str, seed: int) -> dict[str, float | str | int]:
     }
 
 
-def finished() -> list[dict[str, float]]:
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
-
-
 def rows() -> Iterator[Row]:
     """The liquid default beside every other setting: means over seeds, and the spread of each."""
     by_setting: dict[str, list[dict[str, float]]] = {}
-    for facts in finished():
+    for facts in RUNS.finished():
         by_setting.setdefault(str(facts["setting"]), []).append(facts)
     measures = (("nats", f"nats a byte at {LENGTH}"), ("nats_4x", f"nats a byte at {4 * LENGTH}"), ("recall", "recall"))
     for setting, runs in by_setting.items():
@@ -248,13 +243,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    done = {(facts["setting"], facts["seed"]) for facts in finished()}
+    done = {(facts["setting"], facts["seed"]) for facts in RUNS.finished()}
     for seed in range(arguments.seeds):
         for setting in SETTINGS:
             if (setting, seed) not in done:
                 facts = run(setting, seed)
-                with RUNS.open("a") as file:
-                    file.write(json.dumps(facts) + "\n")
+                RUNS.append(facts)
                 print(facts, flush=True)
     write("student_quality", list(rows()), clock="none", packages=("torch", "ncps"), threads=1)
 

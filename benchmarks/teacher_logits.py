@@ -177,11 +177,15 @@ def boolq() -> Path:
     return kept
 
 
-def _running(tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Passages, each once: 64 tokens as the prompt, up to 256 more as the response."""
+def wikipedia() -> list[str]:
+    """BoolQ's passages, each once."""
     lines = boolq().read_text(encoding="utf-8").splitlines()
-    texts = dict.fromkeys(json.loads(line)["passage"] for line in lines)
-    for passage in texts:
+    return list(dict.fromkeys(json.loads(line)["passage"] for line in lines))
+
+
+def _running(tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """Passages: 64 tokens as the prompt, up to 256 more as the response."""
+    for passage in wikipedia():
         ids = tokenizer(passage)["input_ids"]
         if len(ids) >= 2 * PROMPT:
             yield ids[:PROMPT], ids[PROMPT : PROMPT + 256]
