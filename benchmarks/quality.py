@@ -35,6 +35,7 @@ from benchmarks.record import RESULTS, Row, Runs, compare, write
 from benchmarks.teacher_logits import NODES
 from shards.contract import Selection
 from stages.distill.batches import Batch, assemble
+from stages.distill.mining import RecordDifficulty
 from stages.distill.objective import DistillModule, Emphasis
 from stages.distill.optimizer import make_optimizer, set_rates
 from stages.distill.order import TrainingOrder, record_lengths
@@ -92,6 +93,12 @@ SETTINGS: dict[str, Setting] = {
     "attention matched": Setting(
         kept=replace(TOP_40, attention=True), objective=objective("water_filled_kl", attention_weight=0.1), beside=BASE
     ),
+    "hard records mined": Setting(
+        kept=TOP_40, objective=objective("water_filled_kl"), distill=replace(DISTILL, mining_share=0.125), beside=BASE
+    ),
+    "only where the teacher is unsure": Setting(
+        kept=TOP_40, objective=objective("water_filled_kl", least_entropy=1.0), beside=BASE
+    ),
     "one rate for all layers": Setting(
         kept=TOP_40, objective=objective("water_filled_kl"), distill=replace(DISTILL, layer_decay=1.0), beside=BASE
     ),
@@ -139,12 +146,14 @@ def train(setting: Setting, *, seed: int, is_whole: bool) -> tuple[MiniCodformer
         global_batch=settings.global_batch,
         epochs=settings.epochs,
         bucket_batches=settings.bucket_batches,
+        mining_share=settings.mining_share,
     )
+    mined = RecordDifficulty(len(split), memory=settings.mining_memory)
     difficulty: Difficulty | None = None
     for step in range(order.steps):
         factor = learning_rate_factor(step, order.steps, warmup=settings.warmup, final=settings.final_rate)
         set_rates(optimizer.param_groups, factor)
-        records = order.global_batch_of(step)
+        records = order.global_batch_of(step, mined.snapshot)
         batch = assemble([split[int(record)] for record in records], START)
         if is_whole:
             loss = ceiling.rows(batch, whole([teacher[int(record)] for record in records])).mean()
@@ -152,10 +161,14 @@ def train(setting: Setting, *, seed: int, is_whole: bool) -> tuple[MiniCodformer
             emphasis = Emphasis.at(setting.objective, step, order.steps, difficulty)
             terms = module(batch, scale=1 / batch.positions, emphasis=emphasis)
             loss, difficulty = terms.objective, Difficulty.of(terms.score_counts)
+            mined.observe(records, terms.record_kl_B.numpy() / split.positions[records])
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad()
+        epoch, within = divmod(step, order.steps_per_epoch)
+        if settings.mining_share and within == order.steps_per_epoch - 1:
+            mined.begin_epoch(order.visits_R(epoch, mined.snapshot) == 0)
     return student, bytes_a_position(shards)
 
 
