@@ -137,6 +137,12 @@ def _tiles(summary: Mapping[str, Any]) -> Iterable[str]:
         yield _tile(f"{after['top1_agreement']:.1%}", f"top-1 agreement, top-5 {after['top5_agreement']:.1%}")
         if after.get("ece") is not None:
             yield _tile(f"{after['ece']:.1%}", "expected calibration error")
+    evaluated = summary.get("evaluate", {})
+    if whole := evaluated.get("whole"):
+        yield _tile(f"{whole['kl']:.3f}", "validation KL over the whole vocabulary, nats")
+    if isinstance(match := evaluated.get("exact_match"), dict):  # older runs have a bare share of three answers
+        words = f"of {match['answers']} answers are right; 95 % interval {match['low']:.1%} to {match['high']:.1%}"
+        yield _tile(f"{match['share']:.1%}", words)
     if distilled.get("seconds"):
         yield _tile(f"{distilled['positions'] / distilled['seconds']:,.0f}", "response tokens a second in training")
     if cached and cached.get("positions"):

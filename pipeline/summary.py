@@ -83,9 +83,16 @@ def evaluation_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
         f"speed           {facts['positions_per_s']:,.0f} positions/s measured, "
         f"{facts['generated_tokens_per_s']:,.0f} tokens/s generated",
     ]
-    if facts["exact_match"] is not None:
+    if whole := facts.get("whole"):
+        lines.insert(
+            2,
+            f"whole KL        {whole['kl']:.4f} nats over the whole vocabulary, beside the teacher itself, "
+            f"whose entropy is {whole['teacher_entropy']:.4f}",
+        )
+    if match := facts["exact_match"]:
         lines.append(
-            f"exact match     {facts['exact_match']:.1%} of {len(facts['samples'])} answers end as the label does"
+            f"exact match     {match['share']:.1%} of {match['answers']} answers end as the label does "
+            f"(95 % interval {match['low']:.1%} to {match['high']:.1%})"
         )
     return [*lines, f"answers         {len(facts['samples'])} with prompt and label, in {run.path / REPORT}"]
 

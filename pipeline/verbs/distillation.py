@@ -106,13 +106,19 @@ def distill(
     print_lines(distill_lines(steps.distill(chosen, run, shards=shards, gpus=gpus, hosts=hosts, tracker=track), run))
 
 
-def evaluate(name: RunOption = None, shards: ShardsOption = None) -> None:
+def evaluate(
+    name: RunOption = None,
+    shards: ShardsOption = None,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Load the teacher too: KL over the whole vocabulary.")
+    ] = False,
+) -> None:
     """Compare the student with its teacher.
 
-    On the validation split that stage one cached: KL, cross-entropy, agreement, and answers to a few prompts.
+    On the validation split that stage one cached: KL, cross-entropy, agreement, and answers to prompts.
     """
     from pipeline import steps
     from pipeline.summary import evaluation_lines
 
     run = finished_run(name)
-    print_lines(evaluation_lines(steps.evaluate(run, shards=shards), run))
+    print_lines(evaluation_lines(steps.evaluate(run, shards=shards, teacher=teacher), run))

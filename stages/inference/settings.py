@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class GenerationSettings:
     prompts: int = 3
     """Validation prompts answered at the end of a run."""
+    checked: int = 200
+    """Validation prompts whose answers are compared with the label, at most, where the data has a checker."""
     max_new_tokens: int = 160
     temperature: float = 0.0
     """0 is greedy."""
@@ -16,5 +18,7 @@ class GenerationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.prompts < 0 or self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("generation: prompts >= 0, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1")
+        if self.prompts < 0 or self.checked < 0 or self.max_new_tokens < 1:
+            raise ValueError("generation: prompts >= 0, checked >= 0, max_new_tokens >= 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("generation: temperature >= 0, 0 < top_p <= 1")

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from pipeline import steps
+from pipeline.errors import PipelineError
 from pipeline.history import Curve
 from pipeline.report import REPORT, chart, write_report
 from pipeline.run import RunFolder
 from pipeline.sinks import listening
 from pipeline.summary import evaluation_lines
 from pipeline.word_problems import final_answer
+from shards.reader import ShardSet
 from stages.events import Metric
 
 VOID = {"meta", "line", "polyline", "circle"}
@@ -121,19 +125,65 @@ def test_a_browser_shows_it_light_and_dark(run: RunFolder) -> None:
     assert bright["light"] > 600 > bright["dark"]
 
 
+def with_recipe(folder: Path, old: str, new: str) -> RunFolder:
+    run = RunFolder(folder)
+    text = run.recipe_file.read_text(encoding="utf-8")
+    assert old in text
+    run.recipe_file.write_text(text.replace(old, new), encoding="utf-8")
+    return run
+
+
+def test_beside_the_teacher_itself_the_whole_kl_is_told(
+    finished_run: Path, tmp_path: Path, save_byte_tokenizer: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    contract = ShardSet(RunFolder(finished_run).shards).contract
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = Qwen3Config(vocab_size=contract.vocab_size, num_key_value_heads=1, head_dim=8, **sizes)
+    Qwen3ForCausalLM(shape).save_pretrained(tmp_path / "teacher")
+    save_byte_tokenizer(tmp_path / "teacher")
+    run = with_recipe(finished_run, '"demo:smollm2-135m-instruct"', json.dumps(str(tmp_path / "teacher")))
+    with pytest.raises(PipelineError, match=r"is not the teacher of these shards \(made-up/teacher\)"):
+        steps.evaluate(run, shards=None, teacher=True)
+    without = steps.evaluate(run, shards=None)
+    assert without["whole"] is None
+    monkeypatch.setattr("stages.teacher_cache.teacher.weights_fingerprint", lambda _: contract.teacher_fingerprint)
+    facts = steps.evaluate(run, shards=None, teacher=True)
+    assert facts["whole"]["positions"] == facts["validation"]["positions"]
+    assert f"{facts['whole']['kl']:.4f} nats over the whole vocabulary" in "\n".join(evaluation_lines(facts, run))
+    assert "KL over the whole vocabulary, nats" in (run.path / REPORT).read_text(encoding="utf-8")
+    assert steps.evaluate(run, shards=None) == facts, "what was measured stays, without a teacher too"
+
+
 def test_evaluation_measures_seen_and_unseen_records_answers_and_speed(finished_run: Path) -> None:
-    run = RunFolder(finished_run)
+    run = with_recipe(finished_run, "prompts = 3", "prompts = 1")
     facts = steps.evaluate(run, shards=None)
     assert facts["training"]["positions"] > 0
     assert facts["training"] != facts["validation"]
     assert 0 <= facts["validation"]["ece"] <= 1
     assert facts["positions_per_s"] > 0 < facts["generated_tokens_per_s"]
-    assert facts["exact_match"] == 0.0, "an untrained student solves nothing"
+    match = facts["exact_match"]
+    assert match["share"] == 0.0, "an untrained student solves nothing"
+    unseen = ShardSet(run.shards).split("dev")
+    assert match["answers"] == len(unseen) > len(facts["samples"]) == run.recipe().generation.prompts
     lines = "\n".join(evaluation_lines(facts, run))
-    assert "exact match     0.0% of" in lines
+    assert "exact match     0.0% of 2 answers end as the label does (95 % interval 0.0% to 65.8%)" in lines
+    assert "of 2 answers are right; 95 % interval 0.0% to" in (run.path / REPORT).read_text(encoding="utf-8")
     assert "training split  KL" in lines
     assert (run.path / REPORT).is_file()
     assert steps.evaluate(run, shards=None) == facts
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 3), (3, 3), (1, 40), (20, 40), (7, 200)])
+def test_the_interval_is_the_shares_that_would_not_be_rejected(hits: int, count: int) -> None:
+    """Wilson's ends p solve |hits / n - p| = 1.96 sqrt(p (1 - p) / n)."""
+    for end in steps.wilson_interval(hits, count):
+        assert (hits / count - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / count, abs=1e-12)
+    low, high = steps.wilson_interval(hits, count)
+    assert 0 <= low <= hits / count + 1e-12
+    assert hits / count - 1e-12 <= high <= 1
+    assert low < high
 
 
 def test_an_answer_comes_to_its_last_line() -> None:

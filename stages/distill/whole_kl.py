@@ -1,0 +1,136 @@
+"""How close a student is to the teacher itself: KL over every id of the vocabulary, with the teacher at hand.
+
+Both sides' logits exist for one block of positions at a time; the teacher's body runs once a record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shards.reader import ShardSet
+from shards.record import Record
+from stages.distill.batches import assemble
+from stages.errors import StageError
+from stages.events import Emit, Progress, silent
+
+BLOCK_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeReport:
+    """Means over positions; nats."""
+
+    positions: int
+    kl: float
+    """KL(teacher || student) over the whole vocabulary at temperature 1."""
+    teacher_entropy: float
+    top1_agreement: float
+
+
+class WholeTeacher:
+    """A causal language model from a folder, split into body and head. Raises StageError where it cannot be."""
+
+    def __init__(self, folder: Path, *, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM
+
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        self._model.eval().to(device)
+        self._check()
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that its head has a row for, padding included."""
+        return int(self._model.get_output_embeddings().weight.shape[0])
+
+    def rows(self, record: Record) -> Tensor:
+        """The body's output where it predicts the record's positions, [N, width]."""
+        tokens = torch.tensor([[*record.prompt_ids_P.tolist(), *record.response_ids_R.tolist()]])
+        first = record.prompt_ids_P.size - 1 + record.first_position
+        body_1SW = self._model.base_model(tokens.to(self._model.device)).last_hidden_state
+        rows_NW: Tensor = body_1SW[0, first : first + record.positions]
+        return rows_NW
+
+    def logits(self, rows_NW: Tensor) -> Tensor:
+        """fp32, [N, V]."""
+        logits_NV: Tensor = self._model.get_output_embeddings()(rows_NW).float()
+        return logits_NV
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        """Some models do more to their logits than the head does: soft caps, scales."""
+        tokens = torch.tensor([[1, 2, 3]], device=self._model.device)
+        whole_SV = self._model(tokens).logits[0].float()
+        parts_SV = self.logits(self._model.base_model(tokens).last_hidden_state[0])
+        if not torch.allclose(whole_SV, parts_SV, rtol=1e-3, atol=1e-3):
+            raise StageError(
+                "this teacher's logits are not those of its head alone",
+                hint="leave --teacher out: the KL over its kept ids needs no teacher",
+            )
+
+
+@torch.inference_mode()
+def whole_kl(
+    model_folder: Path,
+    teacher_folder: Path,
+    shards: ShardSet,
+    *,
+    split: str = "dev",
+    block_rows: int = BLOCK_ROWS,
+    emit: Emit = silent,
+) -> WholeReport:
+    """Measure a saved student on every predicted position of a split, in this process.
+
+    Raises StageError for a teacher whose logits cannot be taken block by block, or whose vocabulary is smaller.
+    """
+    from stages.student.model import MiniCodformerForConditionalGeneration
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = MiniCodformerForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
+    student.eval().to(device)
+    teacher = WholeTeacher(teacher_folder, device=device)
+    records, width = shards.split(split), student.config.vocab_size
+    if teacher.vocab_size < width:
+        raise StageError(
+            f"the teacher knows {teacher.vocab_size} ids, the student {width}",
+            hint="name the teacher whose shards the student was trained on",
+        )
+    sums = torch.zeros(4, dtype=torch.float64)
+    for done, record in enumerate(records, 1):
+        rows_NW = teacher.rows(record)
+        rows_ND = _student_rows(student, record, shards.contract.start_token_id)
+        for block in _blocks(len(rows_NW), block_rows):
+            log_p_NV = teacher.logits(rows_NW[block])[:, :width].log_softmax(1)
+            sums += _compared(log_p_NV, student.lm_head(rows_ND[block]).float())
+        emit(Progress(stage="evaluate", done=done, total=len(records), unit="records beside the teacher"))
+    positions, *totals = sums.tolist()
+    kl, entropy, agreed = (total / positions for total in totals)
+    return WholeReport(positions=int(positions), kl=kl, teacher_entropy=entropy, top1_agreement=agreed)
+
+
+def _student_rows(student: Any, record: Record, start_token_id: int) -> Tensor:
+    batch = assemble([record], start_token_id).to(student.device)
+    hidden = student.hidden(batch.prompt_ids_BP, batch.prompt_mask_BP, batch.decoder_ids_BT, batch.decoder_mask_BT)
+    rows_ND: Tensor = student.output_hidden(hidden.decoder_BTD.flatten(0, 1)[batch.rows_N])
+    return rows_ND
+
+
+def _compared(log_p_NV: Tensor, logits_NV: Tensor) -> Tensor:
+    """Positions, KL, entropy of p and agreements, each summed."""
+    log_q_NV = logits_NV.log_softmax(1)
+    p_NV = log_p_NV.exp()
+    kl = (p_NV * (log_p_NV - log_q_NV)).sum(dtype=torch.float64)
+    entropy = -(p_NV * log_p_NV).sum(dtype=torch.float64)
+    agreed = (log_p_NV.argmax(1) == log_q_NV.argmax(1)).sum()
+    return torch.stack([kl.new_tensor(len(p_NV)), kl, entropy, agreed.double()]).cpu()
+
+
+def _blocks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, start + size)
