@@ -31,9 +31,9 @@ from benchmarks.record import Row, compare, parser, write
 from benchmarks.teacher_logits import LAYERS, NODES, TOP_M, Passage, passages
 from shards.codec import codec_for
 from shards.contract import AttentionSpec, Contract, Selection
-from shards.planes2.calibration import learn_tables
-from shards.planes2.numbers import to_symbols
-from shards.planes2.tables import fingerprint
+from shards.planes.calibration import learn_tables
+from shards.planes.numbers import to_symbols
+from shards.planes.tables import fingerprint
 from shards.record import AttentionSummary, Record
 from shards.topk_planes import TopkPlanes1
 
@@ -55,7 +55,7 @@ Float64 = NDArray[np.float64]
 
 def contract_of(selection: Selection, vocab_size: int = VOCAB, **fields: object) -> Contract:
     text = ("teacher", "teacher_fingerprint", "tokenizer_fingerprint", "corpus_fingerprint", "engine", "dtype")
-    given = dict.fromkeys(text, "") | {"codec": "planes/2", "start_token_id": 0, "end_token_id": 0, "attention": None}
+    given = dict.fromkeys(text, "") | {"codec": "planes/3", "start_token_id": 0, "end_token_id": 0, "attention": None}
     return Contract(selection=selection, vocab_size=vocab_size, **(given | fields))  # type: ignore[arg-type]
 
 

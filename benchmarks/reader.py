@@ -29,8 +29,8 @@ from shards.export import export_parquet
 from shards.framing import write_frame
 from shards.learnt import tables_budget
 from shards.manifest import begin, seal
-from shards.planes2.calibration import learn_tables
-from shards.planes2.tables import fingerprint
+from shards.planes.calibration import learn_tables
+from shards.planes.tables import fingerprint
 from shards.reader import ShardSet, Split
 from shards.record import Record
 from shards.schema import fixed_parts
@@ -47,7 +47,7 @@ EXPORTED = 10
 ROUNDS, SAMPLE = 5, 150
 OPEN_SECONDS = 1.0
 CONTRACT = Contract(
-    codec="planes/2",
+    codec="planes/3",
     teacher="synthetic",
     teacher_fingerprint="1" * 64,
     tokenizer_fingerprint="2" * 64,

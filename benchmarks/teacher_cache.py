@@ -28,9 +28,9 @@ from safetensors import safe_open
 from benchmarks.record import Row, compare, parser, write
 from pipeline.assets import teacher_folder
 from shards.contract import AttentionSpec, Contract, Selection
-from shards.planes2.calibration import learn_tables
-from shards.planes2.codec import Planes2
-from shards.planes2.tables import fingerprint
+from shards.planes.calibration import learn_tables
+from shards.planes.codec import Planes3
+from shards.planes.tables import fingerprint
 from shards.record import Record
 from shards.writer import build_shard
 from stages.corpus.sample import Sample
@@ -135,7 +135,7 @@ def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
 def encoding(records: list[Record], rounds: int) -> list[float]:
     """CPU seconds of writing the captured records, with tables learnt from them."""
     contract = Contract(
-        codec=Planes2.name,
+        codec=Planes3.name,
         teacher="t",
         teacher_fingerprint="t",
         tokenizer_fingerprint="t",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import planes
+from shards import byte_planes
 from shards.contract import AttentionSpec
 from shards.errors import Corrupt
 from shards.record import AttentionSummary
@@ -35,9 +35,9 @@ def encode_attention(summary: AttentionSummary, *, prompt_length: int) -> bytes:
         _codes(summary.prompt_LN, MASS_SCALE),
         _codes(summary.entropy_LN, ENTROPY_SCALE),
     )
-    streams = [*planes.split(gaps_LNM, planes.planes_for(prompt_length - 1)), keys_LNM.astype(np.uint8)]
-    scalar_planes = [plane.tobytes() for codes_LN in scalars_LN for plane in planes.split(codes_LN, 2)]
-    return planes.pack([*(stream.tobytes() for stream in streams), b"".join(scalar_planes)])
+    streams = [*byte_planes.split(gaps_LNM, byte_planes.planes_for(prompt_length - 1)), keys_LNM.astype(np.uint8)]
+    scalar_planes = [plane.tobytes() for codes_LN in scalars_LN for plane in byte_planes.split(codes_LN, 2)]
+    return byte_planes.pack([*(stream.tobytes() for stream in streams), b"".join(scalar_planes)])
 
 
 def decode_attention(
@@ -45,11 +45,11 @@ def decode_attention(
 ) -> AttentionSummary:
     """The summary of a cell. Raises Corrupt."""
     layers, kept = len(spec.layers), min(spec.top_m, prompt_length - 1)
-    rows, width = layers * positions, planes.planes_for(prompt_length - 1)
-    *gap_planes, codes, scalars = planes.unpack(cell, [rows * kept] * (width + 1) + [6 * rows])
+    rows, width = layers * positions, byte_planes.planes_for(prompt_length - 1)
+    *gap_planes, codes, scalars = byte_planes.unpack(cell, [rows * kept] * (width + 1) + [6 * rows])
     if codes.size and codes.max() > SHARE_LEVELS:
         raise Corrupt(f"a payload names share {codes.max()} of {SHARE_LEVELS}")
-    sorted_LNM = np.cumsum(planes.join(gap_planes).reshape(layers, positions, kept), axis=-1, dtype=np.int64)
+    sorted_LNM = np.cumsum(byte_planes.join(gap_planes).reshape(layers, positions, kept), axis=-1, dtype=np.int64)
     sorted_LNM += np.arange(1, kept + 1)
     if sorted_LNM.size and sorted_LNM[..., -1].max() >= prompt_length:
         raise Corrupt(f"a payload names key {sorted_LNM[..., -1].max()} of a prompt of {prompt_length} tokens")
@@ -57,7 +57,7 @@ def decode_attention(
     keys_LNM = np.sort(falling_LNM << 24 | sorted_LNM.astype(np.uint32), axis=-1)
 
     low_high = scalars.reshape(3, 2, layers, positions)
-    sink_LN, prompt_LN, entropy_LN = (planes.join(list(pair)) for pair in low_high)
+    sink_LN, prompt_LN, entropy_LN = (byte_planes.join(list(pair)) for pair in low_high)
     shares_LNM = _shares(SHARE_LEVELS - (keys_LNM >> 24), all_kept=kept == prompt_length - 1)
     positions_LNM = np.full((layers, positions, spec.top_m), -1, np.int32)
     positions_LNM[..., :kept] = keys_LNM & 0xFFFFFF

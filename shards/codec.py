@@ -13,8 +13,8 @@ from typing import ClassVar, Protocol
 from shards.contract import Contract
 from shards.errors import Corrupt, UnknownVersion
 from shards.framing import RESTORE
-from shards.planes2.codec import Planes2
-from shards.planes2.tables import fingerprint
+from shards.planes.codec import VERSIONS
+from shards.planes.tables import fingerprint
 from shards.record import AttentionSummary, Record
 from shards.signal import Signal
 from shards.topk_planes import TopkPlanes1
@@ -44,7 +44,7 @@ class Codec(Protocol):
         """The summary of a cell with N = `positions`, P = `prompt_length`. Raises Corrupt."""
 
 
-CODECS: Mapping[str, type[Codec]] = {TopkPlanes1.name: TopkPlanes1, Planes2.name: Planes2}
+CODECS: Mapping[str, type[Codec]] = {TopkPlanes1.name: TopkPlanes1, **VERSIONS}
 
 
 def codec_for(contract: Contract, tables: bytes | None) -> Codec:

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from shards.contract import Contract
-from shards.planes2.calibration import learn_tables
-from shards.planes2.codec import Planes2
-from shards.planes2.tables import MAX_BYTES, fingerprint
+from shards.planes.calibration import learn_tables
+from shards.planes.codec import VERSIONS
+from shards.planes.tables import MAX_BYTES, fingerprint
 from shards.record import Record
 from shards.storage import Storage
 from shards.validation import require_valid
@@ -36,7 +36,7 @@ def with_tables(
     Raises InvalidRecord for an example that could not be written, StorageFailed.
     """
     contract = dataclasses.replace(contract, tables=None)
-    if contract.codec != Planes2.name:
+    if contract.codec not in VERSIONS:
         return contract, None
     if storage.size(TABLES_NAME) is None:
         records = examples()

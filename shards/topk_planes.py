@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import planes
+from shards import byte_planes
 from shards.attention_planes import decode_attention, encode_attention
 from shards.contract import Contract
 from shards.errors import Corrupt, UnknownVersion
@@ -57,7 +57,7 @@ class TopkPlanes1:
                 hint="upgrade minicodformer, or write the shards again",
             )
         self._contract = contract
-        self._id_planes = planes.planes_for(contract.vocab_size - 1)
+        self._id_planes = byte_planes.planes_for(contract.vocab_size - 1)
 
     def encode_signals(self, records: Sequence[Record]) -> list[bytes]:
         ids_NK = np.concatenate([record.ids_NK for record in records])
@@ -66,34 +66,34 @@ class TopkPlanes1:
         entropy_N = np.concatenate([record.entropy_N for record in records]).astype(np.float64)
 
         gaps_NK, levels_NK = _sorted_gaps(ids_NK, _nearest_levels(logprobs_NK))
-        id_planes = planes.split(gaps_NK, self._id_planes)
+        id_planes = byte_planes.split(gaps_NK, self._id_planes)
         scalars = [
-            *planes.split(_tail_codes(logprobs_NK, log_tail_N), 2),
-            *planes.split(np.clip(np.rint(entropy_N * ENTROPY_SCALE), 0, MOST_CODE).astype(np.int32), 2),
+            *byte_planes.split(_tail_codes(logprobs_NK, log_tail_N), 2),
+            *byte_planes.split(np.clip(np.rint(entropy_N * ENTROPY_SCALE), 0, MOST_CODE).astype(np.int32), 2),
         ]
         cells, start = [], 0
         for record in records:
             rows = slice(start, start + record.positions)
             start += record.positions
             streams = [plane[rows].tobytes() for plane in (*id_planes, levels_NK)]
-            cells.append(planes.pack([*streams, b"".join(plane[rows].tobytes() for plane in scalars)]))
+            cells.append(byte_planes.pack([*streams, b"".join(plane[rows].tobytes() for plane in scalars)]))
         return cells
 
     def decode_signal(self, cell: bytes | memoryview, *, positions: int, entries: int) -> Signal:
         if entries != positions * self._contract.selection.k:
             raise Corrupt(f"{entries} kept ids at {positions} positions are not k = {self._contract.selection.k} each")
-        *id_planes, levels, scalars = planes.unpack(cell, [entries] * (self._id_planes + 1) + [4 * positions])
-        rising_NK = _from_gaps(planes.join(id_planes).reshape(positions, -1), self._contract.vocab_size)
+        *id_planes, levels, scalars = byte_planes.unpack(cell, [entries] * (self._id_planes + 1) + [4 * positions])
+        rising_NK = _from_gaps(byte_planes.join(id_planes).reshape(positions, -1), self._contract.vocab_size)
         ids_NK, levels_NK = _by_falling_probability(rising_NK, levels.reshape(positions, -1))
 
         tail_low, tail_high, entropy_low, entropy_high = scalars.reshape(4, positions)
-        log_tail_N, log_head_N = _log_masses(planes.join([tail_low, tail_high]))
+        log_tail_N, log_head_N = _log_masses(byte_planes.join([tail_low, tail_high]))
         scale_N = log_head_N - np.log(_PROBABILITIES[levels_NK].sum(axis=1))
         return Signal(
             ids_NK=ids_NK,
             logprobs_NK=(_LOGPROBS[levels_NK] + scale_N[:, None]).astype(np.float32),
             log_tail_N=log_tail_N.astype(np.float32),
-            entropy_N=(planes.join([entropy_low, entropy_high]) / ENTROPY_SCALE).astype(np.float32),
+            entropy_N=(byte_planes.join([entropy_low, entropy_high]) / ENTROPY_SCALE).astype(np.float32),
         )
 
     def encode_attention(self, record: Record) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from shards.contract import Contract
 from shards.learnt import EXAMPLES, tables_budget, with_tables
 from shards.manifest import CONTRACT_NAME, read_contract
-from shards.planes2.codec import Planes2
+from shards.planes.codec import Planes3
 from shards.record import Record
 from shards.storage import Storage
 from stages.corpus.sample import Sample
@@ -22,7 +22,7 @@ _SHARE = 10
 
 def codec_of(storage: Storage) -> str:
     """The codec that a set was begun with, be it an older one; of a new set the newest."""
-    return read_contract(storage).codec if storage.size(CONTRACT_NAME) is not None else Planes2.name
+    return read_contract(storage).codec if storage.size(CONTRACT_NAME) is not None else Planes3.name
 
 
 def calibrated(

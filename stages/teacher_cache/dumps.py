@@ -25,7 +25,7 @@ from shards.contract import Contract, Selection
 from shards.errors import InvalidRecord
 from shards.learnt import EXAMPLES, tables_budget, with_tables
 from shards.manifest import Manifest, begin, is_sealed, read_manifest, seal
-from shards.planes2.codec import Planes2
+from shards.planes.codec import Planes3
 from shards.record import Record
 from shards.storage import LocalStorage
 from shards.units import ShardInfo, describe, published_units
@@ -59,7 +59,7 @@ def import_dump(
     """
     facts, tokenizer = read_facts(teacher_folder), ChatTokenizer.load(teacher_folder, thinking=thinking)
     contract = Contract(
-        codec=Planes2.name,
+        codec=Planes3.name,
         teacher=teacher,
         teacher_fingerprint=weights_fingerprint(teacher_folder),
         tokenizer_fingerprint=tokenizer.fingerprint,

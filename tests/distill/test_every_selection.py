@@ -12,9 +12,9 @@ import torch
 from selections import SELECTIONS, contract_of, record_of
 
 from shards.manifest import begin, seal
-from shards.planes2.calibration import learn_tables
-from shards.planes2.codec import Planes2
-from shards.planes2.tables import fingerprint
+from shards.planes.calibration import learn_tables
+from shards.planes.codec import Planes3
+from shards.planes.tables import fingerprint
 from shards.reader import ShardSet
 from shards.writer import write_shard
 from stages.distill.batches import assemble
@@ -39,7 +39,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A sealed set with a partition curve and attention of all rows."""
     selection, folder = SELECTIONS[request.param], tmp_path_factory.mktemp("set")
     records = [record_of(index, selection) for index in (*TRAIN, *DEV)]
-    contract = dataclasses.replace(contract_of(selection), codec=Planes2.name)
+    contract = dataclasses.replace(contract_of(selection), codec=Planes3.name)
     tables = learn_tables(records, contract)
     contract = dataclasses.replace(contract, tables=fingerprint(tables))
     begin(folder, contract)

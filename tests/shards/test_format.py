@@ -13,11 +13,12 @@ import pytest
 import zstandard
 
 from shards import attention_planes, contract, schema, topk_planes
+from shards.byte_planes import unpack
 from shards.codec import codec_for
 from shards.contract import AttentionSpec, Contract, Selection
-from shards.planes import unpack
-from shards.planes2 import levels
-from shards.planes2.tables import KINDS, MAX_BYTES, MAX_CLASSES, fingerprint
+from shards.planes import levels
+from shards.planes.codec import VERSIONS
+from shards.planes.tables import KINDS, MAX_BYTES, MAX_CLASSES, fingerprint
 from shards.record import AttentionSummary, Record
 from shards.validation import require_valid
 from tests.shards.whole import contract_of
@@ -26,7 +27,7 @@ FORMAT = (Path(schema.__file__).parent / "FORMAT.md").read_text()
 
 
 EXAMPLES = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", FORMAT, re.DOTALL)]
-"""Of "topk-planes/1", and of "planes/2"."""
+"""Of "topk-planes/1", and of "planes/2" and "planes/3"."""
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +85,14 @@ def test_the_worked_attention_has_the_stated_bytes_and_values(
     np.testing.assert_array_equal(decoded.weights_LNM, np.array(example["decoded_weights"], np.float32))
 
 
-def test_the_worked_example_of_planes_2_has_the_stated_bytes_and_values() -> None:
+@pytest.mark.parametrize("codec_name", ["planes/2", "planes/3"])
+def test_the_worked_example_of_planes_has_the_stated_bytes_and_values(codec_name: str) -> None:
     example = EXAMPLES[1]
-    expanded = bytes.fromhex(example["tables_expanded"]) + bytes(256 * len(KINDS))
+    coding = VERSIONS[codec_name].coding
+    expanded = bytes.fromhex(example["tables_expanded"]) + bytes(256 * coding.code_planes * len(KINDS))
     tables = zstandard.ZstdCompressor().compress(expanded)
     selection = Selection(kind="hybrid", k=2, draws=3)
-    given = contract_of(selection, vocab_size=1000, curve=(0.5,), tables=fingerprint(tables))
+    given = contract_of(selection, vocab_size=1000, curve=(0.5,), tables=fingerprint(tables), codec=codec_name)
     record = Record(
         sample_id="worked",
         prompt_ids_P=np.zeros(1, np.int32),
@@ -105,7 +108,7 @@ def test_the_worked_example_of_planes_2_has_the_stated_bytes_and_values() -> Non
     require_valid(record, given)
     codec = codec_for(given, tables)
     (cell,) = codec.encode_signals([record])
-    assert cell.hex(" ") == example["signal"]
+    assert cell.hex(" ") == example[f"signal_of_{codec_name}"]
     decoded = codec.decode_signal(cell, positions=1, entries=4)
     assert decoded.ids_NK.tolist() == example["ids"]
     assert decoded.draws_NK is not None
@@ -119,7 +122,7 @@ def test_the_worked_example_of_planes_2_has_the_stated_bytes_and_values() -> Non
         np.testing.assert_array_equal(found, np.array(example[f"decoded_{name}"], np.float32))
 
 
-def test_the_numbers_of_planes_2_are_those_of_the_code() -> None:
+def test_the_numbers_of_planes_are_those_of_the_code() -> None:
     stated = re.search(r"Kinds, in order: (.*?)\n\n", FORMAT, re.DOTALL)
     assert stated is not None
     for kind in KINDS:

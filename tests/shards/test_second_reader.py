@@ -47,7 +47,7 @@ class Shard:
         file = pa.ipc.open_file(pa.py_buffer(data))
         self.contract = json.loads(file.schema.metadata[b"contract"])
         assert self.contract["format_version"] in (1, 2)
-        assert self.contract["codec"] in ("topk-planes/1", "planes/2")
+        assert self.contract["codec"] in ("topk-planes/1", "planes/2", "planes/3")
         assert file.schema.metadata[b"bytes"] == b"%020d" % len(data)
         assert file.num_record_batches == 1
         self.batch = file.get_batch(0)
@@ -166,7 +166,7 @@ def decode_attention(cell: bytes, contract: dict[str, Any], positions: int, prom
     }
 
 
-class Planes2:
+class Planes:
     """Sections 8 to 11, number by number."""
 
     def __init__(self, contract: dict[str, Any], tables: bytes) -> None:
@@ -190,7 +190,11 @@ class Planes2:
             log-probs values0 values1 slopes0 slopes1 key-counts key-orders key-shares shares0 shares1 shares2 masses
             row-entropies"""
         kinds = stated.replace("SETS", " ".join(sets)).split()
-        self.words = {kind: words_of(content.take(256)) for kind in kinds}
+        self.newer = contract["codec"] == "planes/3"
+        if self.newer:
+            self.frequencies = {kind: frequencies_of(content.take(512)) for kind in kinds}
+        else:
+            self.words = {kind: words_of(content.take(256)) for kind in kinds}
         assert content.at == len(content.data)
         end, roots = min(192, steps), [3 * 0.55 ** (18 - j) for j in range(18)]
         roots += list(range(3, end + 1))
@@ -198,7 +202,12 @@ class Planes2:
             roots.append(roots[-1] + 2)
         self.roots = np.array(roots) / steps
 
-    def stream(self, cell: Cursor, kind: str, count: int) -> list[int]:
+    def cell(self, data: bytes) -> Cursor | States:
+        return States(data) if self.newer else Cursor(data)
+
+    def stream(self, cell: Cursor | States, kind: str, count: int) -> list[int]:
+        if isinstance(cell, States):
+            return [cell.number(self.frequencies[kind]) for _ in range(count)]
         symbols: list[int] = []
         while len(symbols) < count:
             piece = min(65_536, count - len(symbols))
@@ -223,7 +232,7 @@ class Planes2:
             for symbol in symbols
         ]
 
-    def sets(self, cell: Cursor, prefix: str, sizes: list[int]) -> list[list[int]]:
+    def sets(self, cell: Cursor | States, prefix: str, sizes: list[int]) -> list[list[int]]:
         maps = [self.stream(cell, f"{prefix}-map{m}", len(sizes)) for m in range(4)]
         found = [[7 * m + i for m in range(4) for i in range(7) if maps[m][n] >> i & 1] for n in range(len(sizes))]
         starts = [len(ranks) for ranks in found]
@@ -236,7 +245,7 @@ class Planes2:
         return found
 
     def signal(self, data: bytes, positions: int) -> dict[str, np.ndarray]:
-        cell, kind, k = Cursor(data), self.selection["kind"], self.selection["k"]
+        cell, kind, k = self.cell(data), self.selection["kind"], self.selection["k"]
         classes = self.stream(cell, "classes", positions)
         head: list[list[tuple[int, int]]] = [[] for _ in range(positions)]
         if kind != "sample":
@@ -261,10 +270,10 @@ class Planes2:
         arrays["entropy_N"] = entropy.astype(np.float32)
         if self.contract["curve"]:
             arrays["curve_NJ"] = self.curve(cell, log_tail).astype(np.float32)
-        assert cell.at == len(data)
+        cell.end()
         return arrays
 
-    def head(self, cell: Cursor, classes: list[int], sizes: list[int]) -> list[list[tuple[int, int]]]:
+    def head(self, cell: Cursor | States, classes: list[int], sizes: list[int]) -> list[list[tuple[int, int]]]:
         """(id, level) of each position, by rank."""
         least = self.stream(cell, "least", len(sizes))
         sets = self.sets(cell, "ids", sizes)
@@ -281,7 +290,9 @@ class Planes2:
             for c, ranks, row in zip(classes, sets, levels, strict=True)
         ]
 
-    def draws(self, cell: Cursor, classes: list[int], positions: int) -> list[list[tuple[int, int, int | None]]]:
+    def draws(
+        self, cell: Cursor | States, classes: list[int], positions: int
+    ) -> list[list[tuple[int, int, int | None]]]:
         """(id, count, code of the log-probability) of each position, by rank."""
         sizes = self.stream(cell, "sizes", positions)
         sets = self.sets(cell, "drawn", sizes)
@@ -348,7 +359,7 @@ class Planes2:
             arrays["draws_NK"] = padded(2, 0, np.int32)
         return arrays
 
-    def curve(self, cell: Cursor, log_tail: np.ndarray) -> np.ndarray:
+    def curve(self, cell: Cursor | States, log_tail: np.ndarray) -> np.ndarray:
         nodes, there = len(self.contract["curve"]), np.flatnonzero(~np.isneginf(log_tail))
         found = np.zeros((len(log_tail), 2 * nodes))
         found[:, :nodes] = -np.inf
@@ -364,7 +375,7 @@ class Planes2:
         return found
 
     def attention(self, data: bytes, positions: int, prompt: int) -> dict[str, np.ndarray]:
-        cell, spec = Cursor(data), self.contract["attention"]
+        cell, spec = self.cell(data), self.contract["attention"]
         layers, top_m = len(spec["layers"]), spec["top_m"]
         sight = [*(range(1, prompt - 1) if spec["rows"] == "all" else ()), *[prompt - 1] * positions]
         counts = self.stream(cell, "key-counts", layers)
@@ -389,7 +400,7 @@ class Planes2:
             differences |= {place: unfold(x) for place, x in zip(places, numbers, strict=True)}
         masses = self.stream(cell, "masses", 2 * layers * len(sight))
         entropies = self.stream(cell, "row-entropies", layers * len(sight))
-        assert cell.at == len(data)
+        cell.end()
 
         def summed(folded: list[int], scale: int) -> np.ndarray:
             steps = np.array([unfold(x) for x in folded]).reshape(-1, layers, len(sight))
@@ -423,6 +434,9 @@ class Cursor:
         assert self.at <= len(self.data)
         return self.data[self.at - count : self.at]
 
+    def end(self) -> None:
+        assert self.at == len(self.data)
+
     def varint(self) -> int:
         value, shift = 0, 0
         while True:
@@ -433,8 +447,45 @@ class Cursor:
                 return value
 
 
+class States:
+    """Section 8, `planes/3`: a cell, symbol by symbol."""
+
+    def __init__(self, data: bytes) -> None:
+        self.states = list(struct.unpack_from("<4I", data))
+        assert min(self.states) >= 1 << 16
+        self.data, self.at, self.before = data, 16, len(data)
+
+    def number(self, frequencies: list[int]) -> int:
+        state, value = self.states[0] >> 12, self.states[0] & 4095
+        first = symbol = 0
+        while first + frequencies[symbol] <= value:
+            first, symbol = first + frequencies[symbol], symbol + 1
+        x = frequencies[symbol] * state + value - first
+        if x < 1 << 16:
+            x = x << 16 | struct.unpack_from("<H", self.data, self.at)[0]
+            self.at += 2
+        self.states = [*self.states[1:], x]
+        sides = 0 if symbol < 192 else 3 if symbol == 255 else 1
+        side = int.from_bytes(self.data[self.before - sides : self.before][::-1], "little")
+        self.before -= sides
+        return side if sides == 3 else (symbol - 192) * 256 + 192 + side if sides else symbol
+
+    def end(self) -> None:
+        assert self.states == [1 << 16] * 4
+        assert self.at == self.before
+
+
 def unfold(x: int) -> int:
     return -(x + 1) // 2 if x % 2 else x // 2
+
+
+def frequencies_of(planes: bytes) -> list[int]:
+    found = [low + 256 * high for low, high in zip(planes[:256], planes[256:], strict=True)]
+    if not any(found):
+        return [16] * 256
+    assert sum(found) == 4096
+    assert found[255]
+    return found
 
 
 def words_of(lengths: bytes) -> dict[tuple[int, int], int]:
@@ -489,10 +540,10 @@ def second_reading(folder: Path) -> dict[str, np.ndarray]:
 def payload_readers(shard: Shard) -> tuple[Any, Any]:
     """What decodes a signal and an attention cell, by the codec's name."""
     contract = shard.contract
-    if contract["codec"] == "planes/2":
+    if contract["codec"] in ("planes/2", "planes/3"):
         tables, *others = shard.batch.column("tables").to_pylist()
         assert not any(others)
-        codec = Planes2(contract, tables)
+        codec = Planes(contract, tables)
         return codec.signal, codec.attention
     return (
         lambda cell, positions: decode_signal(cell, contract, positions),

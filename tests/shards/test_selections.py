@@ -15,9 +15,10 @@ import zstandard
 from shards.codec import codec_for
 from shards.contract import AttentionSpec, Contract, Selection
 from shards.errors import Corrupt, InvalidRecord, ShardError
-from shards.planes2.calibration import learn_tables
-from shards.planes2.streams import StreamCoder, varint
-from shards.planes2.tables import fingerprint
+from shards.planes.calibration import learn_tables
+from shards.planes.codec import VERSIONS
+from shards.planes.streams import varint
+from shards.planes.tables import fingerprint
 from shards.record import Record
 from shards.shard import ShardReader
 from shards.writer import build_shard
@@ -27,13 +28,14 @@ NAMES = ("topk", "unknown", "adaptive", "hybrid", "sample", "counts")
 Set = tuple[Contract, bytes, list[Record]]
 
 
-@pytest.fixture(scope="module")
-def sets() -> dict[str, Set]:
+@pytest.fixture(scope="module", params=sorted(VERSIONS))
+def sets(request: pytest.FixtureRequest) -> dict[str, Set]:
     """By name: a contract, its tables, three records."""
     found = {}
     for name, selection in zip(NAMES, SELECTIONS, strict=True):
         curve = (0.5, 0.25) if selection.tail_known else ()
-        contract = contract_of(selection, curve=curve, attention=AttentionSpec(layers=(0, 3), top_m=3, rows="all"))
+        attention = AttentionSpec(layers=(0, 3), top_m=3, rows="all")
+        contract = contract_of(selection, curve=curve, attention=attention, codec=request.param)
         rng = np.random.default_rng(len(found))
         records = [record_of(contract, rng, positions=n, prompt=p, name=f"{n}") for n, p in ((8, 6), (1, 1), (20, 9))]
         tables = learn_tables(records, contract)
@@ -100,7 +102,7 @@ def test_R5_damaged_cells_of_any_selection_raise_nothing_but_shard_errors(sets: 
 
 def streams_of(contract: Contract, *streams: tuple[str, list[int]]) -> bytes:
     """A cell of plain streams; the contract has tables without codes."""
-    return StreamCoder({}).pack([(kind, np.array(numbers)) for kind, numbers in streams])
+    return VERSIONS[contract.codec].coding({}).pack([(kind, np.array(numbers)) for kind, numbers in streams])
 
 
 def test_R4_sizes_are_bounded_before_memory_is_taken(in_child: Callable[..., int]) -> None:
@@ -125,7 +127,7 @@ def test_R4_sizes_are_bounded_before_memory_is_taken(in_child: Callable[..., int
 
 
 def test_R4_a_piece_never_expands_beyond_its_symbols() -> None:
-    contract = contract_of(SELECTIONS[0])
+    contract = contract_of(SELECTIONS[0], codec="planes/2")
     records = [record_of(contract, np.random.default_rng(0), positions=50)]
     tables = learn_tables(records, contract)
     coder = codec_for(dataclasses.replace(contract, tables=fingerprint(tables)), tables)._coder  # type: ignore[attr-defined]
@@ -201,7 +203,7 @@ def test_a_curve_belongs_to_a_known_tail() -> None:
 
 def test_tables_of_another_size_of_vocabulary_are_corrupt(sets: dict[str, Set]) -> None:
     contract, _, _ = sets["topk"]
-    content = bytes([254, 1, 1, 1, 250]) + bytes(1 + 256 * 60)
+    content = bytes([254, 1, 1, 1, 250]) + bytes(1 + 512 * 60)
     data = zstandard.ZstdCompressor().compress(content)
     with pytest.raises(Corrupt, match="outside a vocabulary of 200"):
         codec_for(dataclasses.replace(contract, vocab_size=200, tables=fingerprint(data)), data)

@@ -20,9 +20,9 @@ SELECTIONS = (
 
 
 def contract_of(selection: Selection, *, vocab_size: int = 300, **fields: object) -> Contract:
-    """A contract of the codec "planes/2"; its tables are still to be learnt."""
+    """A contract of the codec "planes/3"; its tables are still to be learnt."""
     given = {
-        "codec": "planes/2",
+        "codec": "planes/3",
         "teacher": "t",
         "teacher_fingerprint": "1",
         "tokenizer_fingerprint": "2",

@@ -151,7 +151,7 @@ def test_a_set_goes_on_with_the_codec_and_the_tables_that_it_was_begun_with(
     tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new, old = tmp_path / "new", tmp_path / "old"
-    assert recorded.fill(new, teacher).contract.codec == "planes/2"
+    assert recorded.fill(new, teacher).contract.codec == "planes/3"
     tables = (new / "codec.tables").read_bytes()
     (new / "manifest.json").unlink()
     (new / "train-00001.arrow").unlink()

@@ -1,4 +1,4 @@
-"""Codec "planes/2": every selection, with the tail's mass and partition curve, the entropy, and attention rows.
+"""Codecs "planes/2" and "planes/3": every selection, the tail's mass and curve, the entropy, and attention rows.
 
 - Ids are exact. Each position belongs to one of a few learnt classes; its ids are gaps in the order of that class.
 - Probabilities of the exact head are levels even in sqrt(p), scaled to sum to what the tail leaves. Those of draws are
@@ -6,12 +6,12 @@
 - What the head says already is not stored again: tail, entropy and curve are differences from what it makes likely.
 - Every stream of numbers is coded with a code that was learnt before the set was begun: see `tables.py`.
 
-FORMAT.md states the bound of each error.
+The versions differ in the coder of their streams alone. FORMAT.md states the bound of each error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 
 from shards.contract import Contract
 from shards.errors import Corrupt, UnknownVersion
-from shards.planes2.attention import attention_streams, read_attention
-from shards.planes2.draws import Draws
-from shards.planes2.head import Head
-from shards.planes2.id_sets import choose_classes
-from shards.planes2.numbers import Numbers
-from shards.planes2.outside import Outside, outside_streams, read_outside
-from shards.planes2.streams import StreamReader, Streams
-from shards.planes2.tables import Tables
+from shards.planes.attention import attention_streams, read_attention
+from shards.planes.draws import Draws
+from shards.planes.head import Head
+from shards.planes.id_sets import choose_classes
+from shards.planes.numbers import Numbers
+from shards.planes.outside import Outside, outside_streams, read_outside
+from shards.planes.prefix import PrefixCoder
+from shards.planes.rans import RansCoder
+from shards.planes.streams import StreamCoder, StreamReader, Streams
+from shards.planes.tables import Tables
 from shards.record import AttentionSummary, Record, keys_in_sight
 from shards.schema import MAX_ENTRIES
 from shards.signal import Signal
@@ -34,14 +36,17 @@ from shards.signal import Signal
 Float64 = NDArray[np.float64]
 
 
-class Planes2:
-    name: ClassVar[str] = "planes/2"
+class Planes:
+    """What the versions share."""
+
+    name: ClassVar[str]
+    coding: ClassVar[type[StreamCoder]]
 
     def __init__(self, contract: Contract, tables: bytes | None) -> None:
         if tables is None:
             raise UnknownVersion(f"codec {self.name!r} needs tables, and its contract names none")
         self._contract = contract
-        self._tables = Tables.from_bytes(tables, contract.vocab_size)
+        self._tables = Tables.from_bytes(tables, contract.vocab_size, self.coding)
         self._coder = self._tables.coder
 
     def encode_signals(self, records: Sequence[Record]) -> list[bytes]:
@@ -120,6 +125,19 @@ class Planes2:
         if self._contract.selection.kind != "adaptive":
             return np.full(positions, k, np.int32)
         return _bounded(reader.take("sizes", positions) + 1, least=1, most=k)
+
+
+class Planes2(Planes):
+    name: ClassVar[str] = "planes/2"
+    coding: ClassVar[type[StreamCoder]] = PrefixCoder
+
+
+class Planes3(Planes):
+    name: ClassVar[str] = "planes/3"
+    coding: ClassVar[type[StreamCoder]] = RansCoder
+
+
+VERSIONS: Mapping[str, type[Planes]] = {version.name: version for version in (Planes2, Planes3)}
 
 
 def _outside(record: Record, contract: Contract, k: int) -> Outside:

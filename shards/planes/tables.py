@@ -1,4 +1,4 @@
-"""What codec "planes/2" learns before a set is written: orders of the vocabulary by class of position, and codes.
+"""What is learnt before a set is written: orders of the vocabulary by class of position, and codes.
 
 The bytes stand in every shard and their SHA-256 in the contract, so that a shard is read with what it was written with.
 """
@@ -14,11 +14,10 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from shards import planes
+from shards import byte_planes
 from shards.errors import Corrupt
-from shards.planes2.huffman import is_code
-from shards.planes2.levels import LEAST_STEPS, MOST_STEPS, Levels, levels_of
-from shards.planes2.streams import StreamCoder, varint
+from shards.planes.levels import LEAST_STEPS, MOST_STEPS, Levels, levels_of
+from shards.planes.streams import Code, StreamCoder, varint
 
 Ids = NDArray[np.int32]
 
@@ -49,8 +48,10 @@ class Tables:
     """The ids that lead the order of every class, after those of `leading`."""
     leading: tuple[Ids, ...]
     """The ids that lead the order of each class; at least one class."""
-    codes: Mapping[str, NDArray[np.uint8]]
-    """256 lengths of code words by kind of stream; kinds without a code are missing."""
+    codes: Mapping[str, Code]
+    """By kind of stream; kinds without a code are missing."""
+    coding: type[StreamCoder]
+    """What the codes are made for."""
 
     @cached_property
     def orders_CV(self) -> Ids:
@@ -85,23 +86,24 @@ class Tables:
 
     @cached_property
     def coder(self) -> StreamCoder:
-        return StreamCoder(self.codes)
+        return self.coding(self.codes)
 
     def to_bytes(self) -> bytes:
         """One zstandard frame; see FORMAT.md."""
-        width = planes.planes_for(self.vocab_size - 1)
+        width = byte_planes.planes_for(self.vocab_size - 1)
         parts = [varint(self.steps), varint(len(self.leading))]
         for ids in (self.common, *self.leading):
             parts.append(varint(len(ids)))
-            parts += (plane.tobytes() for plane in planes.split(ids, width))
+            parts += (plane.tobytes() for plane in byte_planes.split(ids, width))
         for kind in KINDS:
-            parts.append(self.codes.get(kind, np.zeros(256, np.uint8)).tobytes())
+            code = self.codes.get(kind, np.zeros(256, np.uint16))
+            parts += (plane.tobytes() for plane in byte_planes.split(code, self.coding.code_planes))
         return zstandard.ZstdCompressor(level=19).compress(b"".join(parts))
 
     @classmethod
-    def from_bytes(cls, data: bytes, vocab_size: int) -> Tables:
+    def from_bytes(cls, data: bytes, vocab_size: int, coding: type[StreamCoder]) -> Tables:
         """Raises Corrupt. The tables of the last few calls are kept: shards of a set share theirs."""
-        return _parsed(data, vocab_size)
+        return _parsed(data, vocab_size, coding)
 
 
 def fingerprint(data: bytes) -> str:
@@ -110,25 +112,26 @@ def fingerprint(data: bytes) -> str:
 
 
 @lru_cache(maxsize=4)
-def _parsed(data: bytes, vocab_size: int) -> Tables:
+def _parsed(data: bytes, vocab_size: int, coding: type[StreamCoder]) -> Tables:
     content = _Content(_expanded(data))
-    width = planes.planes_for(vocab_size - 1)
+    width = byte_planes.planes_for(vocab_size - 1)
     steps, classes = content.varint(), content.varint()
     if not LEAST_STEPS <= steps <= MOST_STEPS:
         raise Corrupt(f"tables of {steps} steps, {LEAST_STEPS} to {MOST_STEPS} there are")
     if not 1 <= classes <= MAX_CLASSES:
         raise Corrupt(f"tables of {classes} classes, at most {MAX_CLASSES} there are")
     common, *leading = (content.ids(width, vocab_size) for _ in range(1 + classes))
-    codes = {kind: np.frombuffer(content.take(256), np.uint8) for kind in KINDS}
+    codes = {kind: content.code(coding.code_planes) for kind in KINDS}
     content.end()
-    if not all(is_code(lengths) for lengths in codes.values() if lengths.any()):
-        raise Corrupt("tables hold lengths that are no code")
+    if not all(coding.is_code(code) for code in codes.values() if code.any()):
+        raise Corrupt("tables hold a code that is none")
     return Tables(
         vocab_size=vocab_size,
         steps=steps,
         common=common,
         leading=tuple(leading),
-        codes={kind: lengths for kind, lengths in codes.items() if lengths.any()},
+        codes={kind: code for kind, code in codes.items() if code.any()},
+        coding=coding,
     )
 
 
@@ -167,10 +170,13 @@ class _Content:
         count = self.varint()
         if count > vocab_size:
             raise Corrupt(f"tables list {count} ids of a vocabulary of {vocab_size}")
-        ids = planes.join([np.frombuffer(self.take(count), np.uint8) for _ in range(width)])
+        ids = byte_planes.join([np.frombuffer(self.take(count), np.uint8) for _ in range(width)])
         if count and (ids.max() >= vocab_size or len(np.unique(ids)) < count):
             raise Corrupt(f"tables list an id twice or one outside a vocabulary of {vocab_size}")
         return ids
+
+    def code(self, planes: int) -> Code:
+        return byte_planes.join([np.frombuffer(self.take(256), np.uint8) for _ in range(planes)]).astype(np.uint16)
 
     def end(self) -> None:
         if self._at != len(self._data):
@@ -185,9 +191,9 @@ def _completed(leading: Ids, common: Ids, vocab_size: int) -> Ids:
     return np.concatenate([leading, second, np.flatnonzero(left).astype(np.int32)])
 
 
-def plain_tables(vocab_size: int, steps: int) -> Tables:
+def plain_tables(vocab_size: int, steps: int, coding: type[StreamCoder]) -> Tables:
     """Tables of nothing learnt: one class, ids by number, no codes."""
-    return Tables(vocab_size=vocab_size, steps=steps, common=_NONE, leading=(_NONE,), codes={})
+    return Tables(vocab_size=vocab_size, steps=steps, common=_NONE, leading=(_NONE,), codes={}, coding=coding)
 
 
 _NONE: Ids = np.empty(0, np.int32)

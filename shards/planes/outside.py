@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.planes2.draws import Draws
-from shards.planes2.head import Head
-from shards.planes2.numbers import Numbers, unzigzag, zigzag
-from shards.planes2.streams import StreamReader, Streams
+from shards.planes.draws import Draws
+from shards.planes.head import Head
+from shards.planes.numbers import Numbers, unzigzag, zigzag
+from shards.planes.streams import StreamReader, Streams
 
 Float64 = NDArray[np.float64]
 

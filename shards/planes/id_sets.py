@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import Corrupt
-from shards.planes2.numbers import Numbers
-from shards.planes2.streams import StreamReader, Streams
-from shards.planes2.tables import MOST_COST, Tables
+from shards.planes.numbers import Numbers
+from shards.planes.streams import StreamReader, Streams
+from shards.planes.tables import MOST_COST, Tables
 
 MAPS, MAP_BITS = 4, 7
 MAPPED = MAPS * MAP_BITS

@@ -1,4 +1,4 @@
-"""The exact head of codec "planes/2": the most probable ids of N positions, as ranks in an order and as levels."""
+"""The exact head of a record: the most probable ids of N positions, as ranks in an order and as levels."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import Corrupt
-from shards.planes2.id_sets import read_sets, set_streams
-from shards.planes2.levels import ABSENT, Levels
-from shards.planes2.numbers import Numbers
-from shards.planes2.streams import StreamReader, Streams
-from shards.planes2.tables import Tables
+from shards.planes.id_sets import read_sets, set_streams
+from shards.planes.levels import ABSENT, Levels
+from shards.planes.numbers import Numbers
+from shards.planes.streams import StreamReader, Streams
+from shards.planes.tables import Tables
 
 Float64 = NDArray[np.float64]
 

@@ -1,4 +1,4 @@
-"""The drawn ids of codec "planes/2": which, how often, and where they are kept their log-probabilities."""
+"""The drawn ids of a record: which, how often, and where they are kept their log-probabilities."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import Corrupt
-from shards.planes2.id_sets import read_sets, set_streams
-from shards.planes2.numbers import Numbers
-from shards.planes2.streams import StreamReader, Streams
-from shards.planes2.tables import Tables
+from shards.planes.id_sets import read_sets, set_streams
+from shards.planes.numbers import Numbers
+from shards.planes.streams import StreamReader, Streams
+from shards.planes.tables import Tables
 
 LOGPROB_SCALE = 16
 MOST_CODE = (1 << 16) - 1

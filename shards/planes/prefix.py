@@ -1,6 +1,5 @@
-"""A cell as a run of streams of numbers, each in the code that was learnt for its kind.
+"""The coder of "planes/2": each stream is the bits of a Huffman code.
 
-- Written and read in one order: how many numbers the next stream holds follows from those before it.
 - All streams of a cell are coded at once: words of neighbouring symbols are merged until they fill 64 bits.
 - zstandard decodes them, and is never asked for more symbols than belong there.
 """
@@ -8,18 +7,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
 from shards.errors import Corrupt
-from shards.planes2.huffman import PIECE, SINGLE, code_words, dictionary_of, frame_around
-from shards.planes2.numbers import Numbers, from_symbols, to_symbols
+from shards.planes.huffman import PIECE, SINGLE, code_lengths, code_words, dictionary_of, frame_around, is_code
+from shards.planes.numbers import Numbers, from_symbols, to_symbols
+from shards.planes.streams import Code, Streams, varint
 
-Streams = Iterable[tuple[str, NDArray[np.integer]]]
-"""(kind, numbers) in the order of a cell."""
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint64]
 
@@ -31,17 +30,27 @@ _LONGEST_VARINT = 5
 _ONE = np.ones(1, np.uint64)
 
 
-class StreamCoder:
-    """Packs and reads cells, with a code (256 lengths) for each kind that has one. Threads may share it."""
+class PrefixCoder:
+    """A code is the lengths of its words. Threads may share a coder."""
 
-    def __init__(self, codes: Mapping[str, Bytes]) -> None:
+    code_planes: ClassVar[int] = 1
+
+    def __init__(self, codes: Mapping[str, Code]) -> None:
         self._lengths = {kind: lengths.astype(np.uint64) for kind, lengths in codes.items()}
         self._words = {kind: code_words(lengths) for kind, lengths in codes.items()}
         self._dictionaries = {kind: dictionary_of(lengths) for kind, lengths in codes.items()}
         self._local = threading.local()
 
+    @staticmethod
+    def learn(counts: NDArray[np.integer]) -> Code | None:
+        lengths = code_lengths(counts).astype(np.uint16)
+        return lengths if is_code(lengths) else None
+
+    @staticmethod
+    def is_code(code: Code) -> bool:
+        return is_code(code)
+
     def pack(self, streams: Streams) -> bytes:
-        """One cell."""
         parts: list[bytes | list[int]] = []
         words: list[Words] = []
         lengths: list[Words] = []
@@ -57,8 +66,8 @@ class StreamCoder:
             parts.append(side.tobytes())
         return _assembled(parts, _packed(words, lengths))
 
-    def reader(self, cell: bytes | memoryview) -> StreamReader:
-        return StreamReader(self, cell)
+    def reader(self, cell: bytes | memoryview) -> PrefixReader:
+        return PrefixReader(self, cell)
 
     def expand(self, kind: str, sizes: Sequence[int], bitstreams: memoryview, count: int) -> bytes:
         """The `count` symbols of a piece. Raises Corrupt where it holds anything else."""
@@ -95,10 +104,8 @@ class StreamCoder:
         return mine[kind]
 
 
-class StreamReader:
-    """Reads a cell stream by stream."""
-
-    def __init__(self, coder: StreamCoder, cell: bytes | memoryview) -> None:
+class PrefixReader:
+    def __init__(self, coder: PrefixCoder, cell: bytes | memoryview) -> None:
         self._coder = coder
         self._cell = memoryview(cell)
         self._at = 0
@@ -111,6 +118,9 @@ class StreamReader:
             pieces = [self._piece(kind, min(PIECE, count - first)) for first in range(0, count, PIECE)]
             symbols = np.frombuffer(b"".join(pieces), np.uint8)
         return from_symbols(symbols, lambda count: np.frombuffer(self._bytes(count), np.uint8))
+
+    def take_all(self, kinds: Sequence[str], counts: Sequence[int]) -> Numbers:
+        return np.concatenate([self.take(kind, count) for kind, count in zip(kinds, counts, strict=True)])
 
     def end(self) -> None:
         """Raises Corrupt where anything is left."""
@@ -143,16 +153,6 @@ class StreamReader:
                 self._at += shift // 7
                 return value
         raise Corrupt("a payload states a size beyond all bounds, or ends within it")
-
-
-def varint(value: int) -> bytes:
-    """7 bits a byte, low ones first, the top bit set on all but the last."""
-    found = bytearray()
-    while value > 127:
-        found.append(value & 127 | 128)
-        value >>= 7
-    found.append(value)
-    return bytes(found)
 
 
 def _append(all_words: list[Words], all_lengths: list[Words], words: Words, lengths: Words) -> int:

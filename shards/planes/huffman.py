@@ -52,7 +52,7 @@ def code_lengths(counts: NDArray[np.integer]) -> NDArray[np.uint8]:
     return np.bincount(chosen, minlength=len(counts)).astype(np.uint8)
 
 
-def is_code(lengths: NDArray[np.uint8]) -> bool:
+def is_code(lengths: NDArray[np.integer]) -> bool:
     """Whether these are lengths of at least two words, none unused, that take 7.5 bits or less where they fit.
 
     zstandard will not write down a code that saves less.
@@ -64,7 +64,7 @@ def is_code(lengths: NDArray[np.uint8]) -> bool:
     return int(shares.sum()) == 1 << MAX_LENGTH and 2 * int((used * shares).sum()) <= 15 << MAX_LENGTH
 
 
-def code_words(lengths: NDArray[np.uint8]) -> NDArray[np.uint64]:
+def code_words(lengths: NDArray[np.integer]) -> NDArray[np.uint64]:
     """The word of each symbol: the longest come first, equally long ones by symbol, in counting order."""
     words = np.zeros(len(lengths), np.uint64)
     word, length = 0, MAX_LENGTH
@@ -76,7 +76,7 @@ def code_words(lengths: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return words
 
 
-def dictionary_of(lengths: NDArray[np.uint8]) -> zstandard.ZstdCompressionDict:
+def dictionary_of(lengths: NDArray[np.integer]) -> zstandard.ZstdCompressionDict:
     """A zstandard dictionary that holds a code."""
     content = struct.pack("<2I", _MAGIC, _ID) + _description(lengths) + _SEQUENCES + _OFFSETS_AND_CONTENT
     return zstandard.ZstdCompressionDict(content, dict_type=zstandard.DICT_TYPE_FULLDICT)
@@ -97,7 +97,7 @@ def frame_around(sizes: Sequence[int], bitstreams: bytes | memoryview, count: in
     return b"".join((_FRAME, struct.pack("<I", count), block.to_bytes(3, "little"), literals, jumps, bitstreams, b"\0"))
 
 
-def _description(lengths: NDArray[np.uint8]) -> bytes:
+def _description(lengths: NDArray[np.integer]) -> bytes:
     """The tree description (RFC 8878, 4.2.1) of a code.
 
     zstandard writes it: each symbol as often as its length says, in random order, has no better code than this one.

@@ -1,4 +1,4 @@
-"""Learning the tables of codec "planes/2" from records like those that will be written.
+"""Learning the tables from records like those that will be written.
 
 - Classes of positions are found by clustering which ids are kept together (a mixture of independent Bernoulli
   variables, each position given to its likeliest component); each orders the vocabulary by how often it keeps an id.
@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.contract import Contract
-from shards.planes2.codec import Planes2
-from shards.planes2.huffman import code_lengths, is_code
-from shards.planes2.levels import steps_for
-from shards.planes2.numbers import to_symbols
-from shards.planes2.tables import KINDS, MAX_CLASSES, Tables, fingerprint, plain_tables
+from shards.planes.codec import VERSIONS
+from shards.planes.levels import steps_for
+from shards.planes.numbers import to_symbols
+from shards.planes.streams import Code
+from shards.planes.tables import KINDS, MAX_CLASSES, Tables, fingerprint, plain_tables
 from shards.record import Record
 
 ROUNDS = 12
@@ -41,7 +41,8 @@ def learn_tables(records: Sequence[Record], contract: Contract, *, budget: int =
 
     With no records, tables that say nothing: ids by number, no codes.
     """
-    tables = plain_tables(contract.vocab_size, steps_for(_mean_head(records, contract.selection.k)))
+    steps, coding = steps_for(_mean_head(records, contract.selection.k)), VERSIONS[contract.codec].coding
+    tables = plain_tables(contract.vocab_size, steps, coding)
     if records:
         tables = _with_orders(records, tables, budget)
         tables = dataclasses.replace(tables, codes=_codes(records, contract, tables))
@@ -124,16 +125,16 @@ def _falling(counts_V: NDArray[np.number]) -> NDArray[np.int32]:
     return np.argsort(-counts_V, kind="stable").astype(np.int32)
 
 
-def _codes(records: Sequence[Record], contract: Contract, tables: Tables) -> dict[str, NDArray[np.uint8]]:
+def _codes(records: Sequence[Record], contract: Contract, tables: Tables) -> dict[str, Code]:
     data = tables.to_bytes()
-    codec = Planes2(dataclasses.replace(contract, codec=Planes2.name, tables=fingerprint(data)), data)
+    codec = VERSIONS[contract.codec](dataclasses.replace(contract, tables=fingerprint(data)), data)
     counts = {kind: np.zeros(256, np.int64) for kind in KINDS}
     for record in records:
         attention = () if contract.attention is None else codec.attention_streams(record)
         for kind, numbers in chain(codec.signal_streams(record), attention):
             counts[kind] += np.bincount(to_symbols(numbers)[0], minlength=256)
-    codes = {kind: code_lengths(_possible(found)) for kind, found in counts.items() if found.any()}
-    return {kind: lengths for kind, lengths in codes.items() if is_code(lengths)}
+    codes = {kind: tables.coding.learn(_possible(found)) for kind, found in counts.items() if found.any()}
+    return {kind: code for kind, code in codes.items() if code is not None}
 
 
 def _possible(counts: NDArray[np.int64]) -> NDArray[np.int64]:

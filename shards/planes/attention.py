@@ -1,4 +1,4 @@
-"""The attention cell of codec "planes/2".
+"""The attention cell.
 
 With A keys in sight of a row, m = min(M, A) of them are kept:
 - key positions are exact, as sets in an order of the keys that is the record's own: often kept ones first;
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from shards.contract import AttentionSpec
 from shards.errors import Corrupt
-from shards.planes2.id_sets import read_sets, set_streams
-from shards.planes2.numbers import Numbers, unzigzag, zigzag
-from shards.planes2.streams import StreamReader, Streams
+from shards.planes.id_sets import read_sets, set_streams
+from shards.planes.numbers import Numbers, unzigzag, zigzag
+from shards.planes.streams import StreamReader, Streams
 from shards.record import AttentionSummary
 
 Float64 = NDArray[np.float64]

@@ -1,0 +1,37 @@
+"""Compilation of loops over entries.
+
+- Nothing is compiled, nor the compiler imported, before a loop first runs.
+- What was compiled is kept beside its source, or in the user's cache where that cannot be written; where neither can,
+  each process compiles anew.
+- Loops let other threads run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """A function of numpy arrays and numbers that calls no other compiled one. Its indices are not checked."""
+    ready: list[Callable[P, T]] = []
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not ready:
+            ready.append(_compile(function))
+        return ready[0](*args, **kwargs)
+
+    return update_wrapper(run, function)
+
+
+def _compile(function: Callable[P, T]) -> Callable[P, T]:
+    from numba import njit
+
+    try:
+        return njit(function, cache=True, nogil=True)  # type: ignore[no-any-return]
+    except RuntimeError:  # no folder can be written
+        return njit(function, nogil=True)  # type: ignore[no-any-return]
