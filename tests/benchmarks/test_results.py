@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, report
+from benchmarks import compare, plots, report
 from benchmarks.record import RESULTS, Row
 
 
@@ -48,6 +49,37 @@ def test_of_two_folders_what_both_have_is_compared_row_by_row(tmp_path: Path, ca
 
 def test_the_committed_report_is_the_committed_results():
     assert report.REPORT.read_text(encoding="utf-8") == report.report(), "make bench-report writes it anew"
+
+
+def test_the_committed_charts_are_the_committed_results():
+    drawn = {file: svg for file, (_, svg) in plots.charts().items()}
+    assert {path.name: path.read_text(encoding="utf-8") for path in plots.PLOTS.glob("*.svg")} == drawn
+    text = report.REPORT.read_text(encoding="utf-8")
+    assert all(f"(results/plots/{file})" in text for file in drawn)
+
+
+def test_a_chart_shows_every_figure_at_its_number_on_logarithmic_scales():
+    growth = plots.Growth(name="n", benchmark="b", case=r"T=(\d+)", metric="time", title="t", axis="tokens")
+    told = [(1, 10, 20, "peer"), (10, 100, 20, "peer"), (100, 1000, 20, "peer"), (100, 1000, 7, "seen once")]
+    rows = [
+        {"case": f"T={at}", "metric": "time", "unit": "ms", "ours": ours, "reference": other, "reference_name": name}
+        for at, ours, other, name in told
+    ]
+    lines, unit = plots.series(growth, [*rows, {**rows[0], "metric": "memory"}, {**rows[0], "case": "U=3"}])
+    assert (lines, unit) == ({"ours": [(1, 10), (10, 100), (100, 1000)], "peer": [(1, 20), (10, 20), (100, 20)]}, "ms")
+    ours, peer = re.findall(r'<polyline points="([^"]+)"', plots.draw(growth, lines, unit))
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, dot.split(",")) for dot in ours.split())
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+    assert y0 > y1, "more is higher"
+    assert len({dot.split(",")[1] for dot in peer.split()}) == 1
+
+
+def test_what_was_measured_on_no_gpu_says_so():
+    """The rows of a GPU say "not measured" for as long as no result names one."""
+    machines = [json.loads(path.read_text(encoding="utf-8"))["machine"] for path in RESULTS.glob("*.json")]
+    assert not any("NVIDIA" in machine for machine in machines)
+    assert report.report().count("| not measured | not measured |") == len(report.ON_A_GPU)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

@@ -109,6 +109,23 @@ def test_every_loss_at_every_temperature_equals_the_oracle_from_full_distributio
     torch.testing.assert_close((hidden.grad, weight.grad), want, rtol=rtol, atol=1e-11 if exact else 1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_on_a_gpu_equals_the_oracle_on_the_cpu(name: str) -> None:
+    hidden, weight, teacher_logits = problem(23, 8, VOCAB)
+    side = side_of(name, teacher_logits)
+    on_gpu = [tensor.detach().cuda().requires_grad_() for tensor in (hidden, weight)]
+    rows = {field.name: getattr(side.rows, field.name) for field in dataclasses.fields(side.rows)}
+    moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in rows.items()}
+    fused = fused_rows(*on_gpu, TeacherRows(**moved), objective((name, 1.0)), block_rows=5)
+    dense = ORACLES[name](hidden @ weight.T, side, torch.ones(23, dtype=torch.float64)).sum()
+    want = torch.autograd.grad(dense, (hidden, weight))
+    torch.testing.assert_close(fused.sums[0].cpu(), dense.detach(), rtol=1e-9, atol=1e-12)
+    found = [gradient.cpu() for gradient in torch.autograd.grad(fused.objective, on_gpu)]
+    torch.testing.assert_close(found, list(want), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("block_rows", [1, 5, 64])
 def test_blocks_do_not_show(block_rows: int) -> None:
     hidden, weight, teacher_logits = problem(23, 8, VOCAB)
