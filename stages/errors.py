@@ -9,3 +9,11 @@ class StageError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class SettingError(ValueError):
+    """What was set cannot work here; `hint` says what to set instead."""
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint

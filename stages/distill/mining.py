@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shards.contract import Contract
+from stages.errors import SettingError
 
 if TYPE_CHECKING:
     from stages.distill.order import Indices
@@ -31,10 +32,11 @@ _NEWEST_STEP = 0.1
 
 
 def require_minable(contract: Contract) -> None:
-    """Raise ValueError for shards whose KL of one record says little."""
+    """Raise SettingError for shards whose KL of one record says little."""
     if not contract.selection.logprobs:
-        raise ValueError(
-            f"distill.mining_share needs log-probabilities; this selection {contract.selection.kind!r} keeps none"
+        raise SettingError(
+            f"distill.mining_share needs log-probabilities; this selection {contract.selection.kind!r} keeps none",
+            hint="set distill.mining_share = 0",
         )
 
 

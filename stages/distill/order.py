@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from shards.reader import Split
 from stages.distill.mining import Snapshot, compose
+from stages.errors import SettingError
 
 Indices = NDArray[np.int64]
 
@@ -37,11 +38,14 @@ class Share:
 def share_of_rank(global_batch: int, micro_batch: int, world: int) -> Share:
     """The largest micro-batch up to `micro_batch` that divides a rank's part of the global batch.
 
-    Raises ValueError listing the world sizes that divide the global batch where this one does not.
+    Raises SettingError listing the world sizes that divide the global batch where this one does not.
     """
     if global_batch % world:
         counts = ", ".join(str(count) for count in range(1, global_batch + 1) if global_batch % count == 0)
-        raise ValueError(f"{world} ranks do not divide a global batch of {global_batch} records; these do: {counts}")
+        raise SettingError(
+            f"{world} ranks do not divide a global batch of {global_batch} records; these do: {counts}",
+            hint="train on one of these rank counts (GPUS=), or set distill.global_batch",
+        )
     part = global_batch // world
     size = max(size for size in range(1, min(part, micro_batch) + 1) if part % size == 0)
     return Share(micro_batch=size, accumulation=part // size)
@@ -72,7 +76,7 @@ def tiled(records: Indices, lengths_N2: Indices, size: int) -> Indices:
 class TrainingOrder:
     """The steps of a run over `lengths_N2.shape[0]` records, for a world of any size.
 
-    Raises ValueError where the records do not fill a global batch.
+    Raises SettingError where the records do not fill a global batch.
     """
 
     def __init__(
@@ -87,7 +91,10 @@ class TrainingOrder:
     ) -> None:
         count = lengths_N2.shape[0]
         if count < global_batch:
-            raise ValueError(f"{count} records do not fill a global batch of {global_batch}")
+            raise SettingError(
+                f"{count} records do not fill a global batch of {global_batch}",
+                hint=f"set distill.global_batch = {count} or lower, or cache more records",
+            )
         self.lengths_N2 = lengths_N2
         """Tokens of each record: prompt, response."""
         self.steps_per_epoch: int = count // global_batch

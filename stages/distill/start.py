@@ -20,7 +20,7 @@ from stages.distill.placement import Placement, Room, Workload, choose, workload
 from stages.distill.precision import DTYPES
 from stages.distill.settings import DistillSettings, ObjectiveSettings
 from stages.distill.world import World
-from stages.errors import StageError
+from stages.errors import SettingError, StageError
 from stages.events import Emit, Note
 from stages.student.model import MiniCodformerForConditionalGeneration, build_student
 from stages.student.shape import StudentShape
@@ -75,7 +75,8 @@ def begin(
         work = _workload(student, order, precision, world, need_attention=need_attention)
         placement, reason = choose(settings, precision, work, _room(world))
     except ValueError as error:
-        raise StageError(str(error), hint="change the recipe, or the number of ranks") from error
+        hint = error.hint if isinstance(error, SettingError) else "change what the error names in the recipe"
+        raise StageError(str(error), hint=hint) from error
     emit(Note(stage=STAGE, text=f"{placement.describe()}: {reason}"))
     resumed = checkpoints.newest(emit)
     done = resumed[0] if resumed else Milestone(step=0, positions=0, seconds=0.0, validation_kl=None)

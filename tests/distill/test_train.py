@@ -290,10 +290,17 @@ def test_T6_a_loss_that_is_not_finite_names_step_and_records_and_overwrites_noth
 
 
 def test_settings_that_cannot_work_are_refused_before_the_first_step(train_here: TrainHere, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="do not fill a global batch of 48"):
+    with pytest.raises(StageError, match="do not fill a global batch of 48") as refused:
         train_here(tmp_path, global_batch=48)
+    assert refused.value.hint == "set distill.global_batch = 40 or lower, or cache more records"
     with pytest.raises(StageError, match=r"objective\.kd is 'magic'; there are tail_bucket_kl"):
         train_here(tmp_path, objective=ObjectiveSettings(kd="magic"))
+    with pytest.raises(StageError, match="needs the tail's partition curve") as refused:
+        train_here(tmp_path, objective=ObjectiveSettings(temperature_mode="adaptive", temperature=1.2))
+    assert refused.value.hint == (
+        "set objective.temperature_mode = 'fixed' and objective.temperature = 1; "
+        "or write the shards anew with cache.curve = [0.5, 0.25]"
+    )
     with pytest.raises(ShardError):
         train_here(tmp_path, shards=tmp_path)
     assert list(tmp_path.iterdir()) == []

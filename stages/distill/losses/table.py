@@ -25,6 +25,7 @@ from stages.distill.losses.hard_negatives import water_filled_kl
 from stages.distill.losses.rows import RowLoss, plain, tempered
 from stages.distill.losses.sampled import sampled_kl
 from stages.distill.settings import ObjectiveSettings
+from stages.errors import SettingError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,24 +70,43 @@ def yardstick(contract: Contract) -> RowLoss:
     return plain(tail_bucket_kl if contract.selection.tail_known else topk_kl_renormalised)
 
 
+_OTHER_LOSS = "set objective.kd to one of them; docs/objective.md says what each needs"
+_NO_TEMPERATURE = "set objective.temperature_mode = 'fixed' and objective.temperature = 1"
+
+
 def require_supported(settings: ObjectiveSettings, contract: Contract) -> None:
-    """Raise ValueError where the set cannot give what the objective asks for, saying what is missing."""
+    """Raise SettingError where the set cannot give what the objective asks for: what is missing, and what to set."""
     if settings.kd not in LOSSES:
-        raise ValueError(f"objective.kd is {settings.kd!r}; there are {', '.join(LOSSES)}")
+        raise SettingError(f"objective.kd is {settings.kd!r}; there are {', '.join(LOSSES)}", hint=_OTHER_LOSS)
     if settings.kd_weight == 0:
         return
     loss, selection = LOSSES[settings.kd], contract.selection
     kind, name = selection.kind, f"objective.kd = {settings.kd!r}"
     if loss.exact and kind in DRAWN:
-        raise ValueError(f"{name} needs the most probable ids; ids of a selection {kind!r} were drawn")
+        raise SettingError(
+            f"{name} needs the most probable ids; ids of a selection {kind!r} were drawn",
+            hint="set objective.kd = 'sampled_kl', which is for drawn ids",
+        )
     if loss.draws and kind not in DRAWN:
-        raise ValueError(f"{name} estimates from drawn ids; a selection {kind!r} has none")
+        raise SettingError(
+            f"{name} estimates from drawn ids; a selection {kind!r} has none",
+            hint="set objective.kd = 'tail_bucket_kl' or 'water_filled_kl'",
+        )
     if loss.log_probabilities and not selection.logprobs:
-        raise ValueError(f"{name} compares log-probabilities; this selection {kind!r} keeps none: take 'sampled_kl'")
+        raise SettingError(
+            f"{name} compares log-probabilities; this selection {kind!r} keeps none: take 'sampled_kl'",
+            hint="set objective.kd = 'sampled_kl'",
+        )
     if loss.tail and not selection.tail_known:
-        raise ValueError(f"{name} needs the mass of the ids that were not kept, which these shards do not know")
+        raise SettingError(
+            f"{name} needs the mass of the ids that were not kept, which these shards do not know",
+            hint="set objective.kd = 'topk_kl_renormalised', or write the shards anew from the teacher",
+        )
     if settings.least_entropy and not selection.tail_known:
-        raise ValueError("objective.least_entropy needs the teacher's entropy, which these shards do not know")
+        raise SettingError(
+            "objective.least_entropy needs the teacher's entropy, which these shards do not know",
+            hint="set objective.least_entropy = 0",
+        )
     _require_temperature(settings, contract, loss)
 
 
@@ -98,18 +118,26 @@ def _require_temperature(settings: ObjectiveSettings, contract: Contract, loss: 
         f"a temperature other than 1 (objective.temperature_mode = {mode!r}, temperature = {settings.temperature:g})"
     )
     if not contract.selection.logprobs:
-        raise ValueError(f"{asked} needs log-probabilities; this selection {contract.selection.kind!r} keeps none")
+        raise SettingError(
+            f"{asked} needs log-probabilities; this selection {contract.selection.kind!r} keeps none",
+            hint=_NO_TEMPERATURE,
+        )
     if mode == "adaptive" and not contract.selection.tail_known:
-        raise ValueError(f"{asked} needs the mass of the ids that were not kept, which these shards do not know")
+        raise SettingError(
+            f"{asked} needs the mass of the ids that were not kept, which these shards do not know",
+            hint=_NO_TEMPERATURE,
+        )
     if not loss.curve:
         return
     if not contract.curve:
-        raise ValueError(
+        raise SettingError(
             f"{asked} needs the tail's partition curve, which these shards do not have; "
-            "objective.kd = 'conditional_kl' or 'ghost_kl' does without"
+            "objective.kd = 'conditional_kl' or 'ghost_kl' does without",
+            hint=f"{_NO_TEMPERATURE}; or write the shards anew with cache.curve = [0.5, 0.25]",
         )
     if settings.temperature_cap * min(contract.curve) > 1:
-        raise ValueError(
-            f"objective.temperature_cap is {settings.temperature_cap:g}; the shards' partition curve ends at "
-            f"{1 / min(contract.curve):g}"
+        end = 1 / min(contract.curve)
+        raise SettingError(
+            f"objective.temperature_cap is {settings.temperature_cap:g}; the shards' partition curve ends at {end:g}",
+            hint=f"set objective.temperature_cap = {end:g} or lower",
         )
