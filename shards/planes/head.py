@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import Corrupt
+from shards.planes.compiled import compiled
 from shards.planes.id_sets import read_sets, set_streams
 from shards.planes.levels import ABSENT, Levels
 from shards.planes.numbers import Numbers
@@ -68,28 +69,20 @@ class Head:
         """Raises Corrupt."""
         least_N, width = reader.take("least", len(sizes_N)), int(sizes_N.max())
         ranks_NK = read_sets(reader, "ids", sizes_N, width, tables.vocab_size)
-        levels_NK = np.empty((len(sizes_N), width), np.int32)
-        ragged = bool((sizes_N < width).any())
-        there_NK = np.arange(width) < sizes_N[:, None]
-        for kind, rows, places in _level_groups(least_N, width):
-            if ragged:
-                there = there_NK[rows, places]
-                levels = np.zeros(there.shape, np.int32)
-                levels[there] = reader.take(kind, int(np.count_nonzero(there)))
-                levels_NK[rows, places] = levels
-            else:
-                span = places.stop - places.start
-                levels_NK[rows, places] = reader.take(kind, len(rows) * span).reshape(len(rows), span)
-        levels_NK += least_N[:, None]
-        if levels_NK.max() >= tables.levels.count:
-            raise Corrupt(f"a payload names level {levels_NK.max()} of {tables.levels.count}")
-        if ragged:
-            levels_NK[~there_NK] = ABSENT
+        groups_N = np.digitize(least_N, LEAST_BORDERS[1:-1])
+        first_N = np.minimum(sizes_N, PLACE_BORDER)
+        counts = [np.bincount(groups_N, part_N, len(LEAST_BORDERS) - 1) for part_N in (first_N, sizes_N - first_N)]
+        counts_G = np.stack(counts, axis=1).ravel().astype(np.int64)
+        above = reader.take_all([f"levels{group}" for group in range(len(counts_G))], counts_G.tolist())
+        levels_NK = np.empty((len(sizes_N), width), np.uint8)
+        highest = _fill_levels(least_N, sizes_N, groups_N, above, np.cumsum(counts_G) - counts_G, levels_NK)
+        if highest >= tables.levels.count:
+            raise Corrupt(f"a payload names level {highest} of {tables.levels.count}")
         return cls(
             classes_N=classes_N,
             sizes_N=sizes_N,
             ranks_NK=ranks_NK,
-            levels_NK=levels_NK.astype(np.uint8),
+            levels_NK=levels_NK,
             levels=tables.levels,
         )
 
@@ -136,3 +129,29 @@ def _level_groups(least_N: NDArray[np.integer], width: int) -> Iterator[tuple[st
         rows = np.flatnonzero((least_N >= first) & (least_N < end))
         yield f"levels{2 * group}", rows, slice(0, border)
         yield f"levels{2 * group + 1}", rows, slice(border, width)
+
+
+@compiled
+def _fill_levels(
+    least_N: Numbers,
+    sizes_N: Numbers,
+    groups_N: NDArray[np.intp],
+    above: Numbers,
+    starts_G: NDArray[np.int64],
+    levels_NK: NDArray[np.uint8],
+) -> int:
+    """Fill the levels, absent ones beyond each size, and return the highest, whether it fits a byte or not."""
+    at_G, highest = starts_G.copy(), 0
+    for row in range(len(sizes_N)):
+        for place in range(sizes_N[row]):
+            group = 2 * groups_N[row] + (place >= 16)
+            level = least_N[row] + above[at_G[group]]
+            at_G[group] += 1
+            highest = max(highest, level)
+            levels_NK[row, place] = level & 255
+        for place in range(sizes_N[row], levels_NK.shape[1]):
+            levels_NK[row, place] = 255
+    return highest
+
+
+assert (PLACE_BORDER, ABSENT) == (16, 255), "as the loop has them"

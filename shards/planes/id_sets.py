@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import Corrupt
+from shards.planes.compiled import compiled
 from shards.planes.numbers import Numbers
 from shards.planes.streams import StreamReader, Streams
 from shards.planes.tables import MOST_COST, Tables
@@ -29,9 +30,21 @@ def choose_classes(ids_NK: NDArray[np.int32], tables: Tables) -> Numbers:
 
     Sums of 64 costs fit 16 bits, so that four classes are added up at once.
     """
-    costs_NW = tables.costs_VW[ids_NK[:, : (1 << 16) // (MOST_COST + 1) - 1]].sum(axis=1)
+    costs_VW = tables.costs_VW
+    costs_NW = np.zeros((len(ids_NK), costs_VW.shape[1]), np.uint64)
+    _add_costs(ids_NK[:, : (1 << 16) // (MOST_COST + 1) - 1], costs_VW, costs_NW)
     classes_N: Numbers = costs_NW.view(np.uint16).argmin(axis=1).astype(np.int32)
     return classes_N
+
+
+@compiled
+def _add_costs(ids_NK: NDArray[np.int32], costs_VW: NDArray[np.uint64], costs_NW: NDArray[np.uint64]) -> None:
+    for row in range(ids_NK.shape[0]):
+        for place in range(ids_NK.shape[1]):
+            if ids_NK[row, place] < 0:
+                break
+            for word in range(costs_NW.shape[1]):
+                costs_NW[row, word] += costs_VW[ids_NK[row, place], word]
 
 
 def set_streams(prefix: str, ranks_NK: NDArray[np.integer], sizes_N: Numbers) -> Streams:
@@ -52,49 +65,63 @@ def set_streams(prefix: str, ranks_NK: NDArray[np.integer], sizes_N: Numbers) ->
 
 def read_sets(reader: StreamReader, prefix: str, sizes_N: Numbers, width: int, bound: int) -> Numbers:
     """Ranks [N, width], rising; what lies beyond a set's size is some rank below `bound`. Raises Corrupt."""
-    mapped, mapped_N = _read_maps(reader, prefix, sizes_N, bound)
-    if width == 0:
-        return np.empty((len(sizes_N), 0), np.int32)
-    ragged = bool((sizes_N < width).any())
-    parts = []
-    for group, places in _groups(width):
-        place_K = np.arange(places.start, places.stop)
-        gapped_NK = place_K >= mapped_N[:, None]
-        if ragged:
-            gapped_NK &= place_K < sizes_N[:, None]
-        steps_NK = np.zeros(gapped_NK.shape, np.int32)
-        steps_NK[gapped_NK] = reader.take(f"{prefix}-gaps{group}", int(np.count_nonzero(gapped_NK))) + 1
-        parts.append(steps_NK)
-    steps_NK = np.concatenate(parts, axis=1)
-    if steps_NK.max() > bound:
-        raise Corrupt(f"a payload skips {steps_NK.max()} of {bound} ranks")
-    wide = width * bound >= 1 << 31
-    ranks_NK = np.cumsum(steps_NK, axis=1, dtype=np.int64 if wide else np.int32) + (MAPPED - 1)
-    if (ranks_NK[mapped_N < sizes_N, -1] >= bound).any():
-        raise Corrupt(f"a payload names a rank outside {bound}")
-    ranks_NK[np.arange(width) < mapped_N[:, None]] = mapped
-    if ragged:
-        np.minimum(ranks_NK, bound - 1, out=ranks_NK)
-    return ranks_NK.astype(np.int32, copy=False)
-
-
-def _read_maps(
-    reader: StreamReader, prefix: str, sizes_N: Numbers, bound: int
-) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """The mapped ranks of all sets, one after the other, and how many each set has. Raises Corrupt."""
-    maps_NA = np.empty((len(sizes_N), MAPS), np.uint8)
-    for map_ in range(MAPS):
-        numbers_N = reader.take(f"{prefix}-map{map_}", len(sizes_N))
-        if numbers_N.max() >= 1 << MAP_BITS:
-            raise Corrupt(f"a payload's map has {numbers_N.max()}, more than {MAP_BITS} bits")
-        maps_NA[:, map_] = numbers_N
-    bits_NB = np.unpackbits(maps_NA, axis=1, bitorder="little")
-    # Eight bits a map, of which the last is never set.
-    found = np.flatnonzero(bits_NB) & (8 * MAPS - 1)
-    mapped, mapped_N = found - (found >> 3), bits_NB.sum(axis=1, dtype=np.int32)
-    if (mapped_N > sizes_N).any() or mapped.max(initial=-1) >= bound:
+    maps_AN = reader.take_all([f"{prefix}-map{map_}" for map_ in range(MAPS)], [len(sizes_N)] * MAPS)
+    maps_AN = maps_AN.reshape(MAPS, -1)
+    if maps_AN.max(initial=0) >= 1 << MAP_BITS:
+        raise Corrupt(f"a payload's map has {maps_AN.max()}, more than {MAP_BITS} bits")
+    counts_G = np.zeros(len(GROUPS), np.int64)
+    if not _count_gaps(maps_AN, sizes_N, bound, counts_G):
         raise Corrupt("a payload maps ids that do not exist, or more than belong there")
-    return mapped, mapped_N
+    gaps = reader.take_all([f"{prefix}-gaps{group}" for group in range(len(GROUPS))], counts_G.tolist())
+    ranks_NK = np.empty((len(sizes_N), width), np.int32)
+    if not _fill_ranks(maps_AN, sizes_N, gaps, np.cumsum(counts_G) - counts_G, bound, ranks_NK):
+        raise Corrupt(f"a payload names a rank outside {bound}")
+    return ranks_NK
+
+
+@compiled
+def _count_gaps(maps_AN: Numbers, sizes_N: Numbers, bound: int, counts_G: NDArray[np.int64]) -> bool:
+    """Count the gaps of each group; False where a map has a rank beyond `bound`, or more ranks than its set."""
+    for row in range(len(sizes_N)):
+        mapped = 0
+        for rank in range(28):
+            if maps_AN[rank // 7, row] >> rank % 7 & 1:
+                if rank >= bound:
+                    return False
+                mapped += 1
+        if mapped > sizes_N[row]:
+            return False
+        for place in range(mapped, sizes_N[row]):
+            counts_G[min(place >> 4, 3)] += 1
+    return True
+
+
+@compiled
+def _fill_ranks(
+    maps_AN: Numbers, sizes_N: Numbers, gaps: Numbers, starts_G: NDArray[np.int64], bound: int, ranks_NK: Numbers
+) -> bool:
+    """Fill the ranks from as many gaps as `_count_gaps` counted; False where one is not below `bound`."""
+    at_G = starts_G.copy()
+    for row in range(len(sizes_N)):
+        mapped = 0
+        for rank in range(28):
+            if maps_AN[rank // 7, row] >> rank % 7 & 1:
+                ranks_NK[row, mapped] = rank
+                mapped += 1
+        rank = 27
+        for place in range(mapped, sizes_N[row]):
+            group = min(place >> 4, 3)
+            rank += gaps[at_G[group]] + 1
+            at_G[group] += 1
+            if rank >= bound:
+                return False
+            ranks_NK[row, place] = rank
+        for place in range(sizes_N[row], ranks_NK.shape[1]):
+            ranks_NK[row, place] = bound - 1
+    return True
+
+
+assert (MAPPED, MAP_BITS, GROUPS) == (28, 7, (0, 16, 32, 48)), "as the loops have them"
 
 
 def _groups(width: int) -> Iterator[tuple[int, slice]]:
