@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import update_wrapper
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -19,19 +20,31 @@ T = TypeVar("T")
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
     """A function of numpy arrays and numbers that calls no other compiled one. Its indices are not checked."""
     ready: list[Callable[P, T]] = []
+    source = Path(function.__code__.co_filename)
+    loaded = _stamp(source)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if not ready:
-            ready.append(_compile(function))
+            ready.append(_compile(function, keep=_stamp(source) == loaded))
         return ready[0](*args, **kwargs)
 
     return update_wrapper(run, function)
 
 
-def _compile(function: Callable[P, T]) -> Callable[P, T]:
+def _stamp(source: Path) -> tuple[int, int]:
+    """By this numba knows whether what it kept is of the source as it is now."""
+    try:
+        found = source.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+def _compile(function: Callable[P, T], *, keep: bool) -> Callable[P, T]:
+    """Where the source changed after it was loaded, an upgrade, nothing is kept: it would pass for the new one."""
     from numba import njit
 
     try:
-        return njit(function, cache=True, nogil=True)  # type: ignore[no-any-return]
+        return njit(function, cache=keep, nogil=True)  # type: ignore[no-any-return]
     except RuntimeError:  # no folder can be written
         return njit(function, nogil=True)  # type: ignore[no-any-return]

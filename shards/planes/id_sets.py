@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,19 +46,41 @@ def _add_costs(ids_NK: NDArray[np.int32], costs_VW: NDArray[np.uint64], costs_NW
 
 
 def set_streams(prefix: str, ranks_NK: NDArray[np.integer], sizes_N: Numbers) -> Streams:
-    """Streams of sets given as rising ranks; what lies beyond a set's size must not be below MAPPED."""
-    ranks_NK = ranks_NK.astype(np.int32)
-    mapped_NK = ranks_NK < MAPPED
-    bits = np.zeros((len(ranks_NK), MAPPED), np.int32)
-    bits[np.nonzero(mapped_NK)[0], ranks_NK[mapped_NK]] = 1
-    for map_, bits_N7 in enumerate(np.split(bits, MAPS, axis=1)):
-        yield f"{prefix}-map{map_}", bits_N7 @ (1 << np.arange(MAP_BITS, dtype=np.int32))
-    before_NK = np.full_like(ranks_NK, MAPPED - 1)
-    np.maximum(ranks_NK[:, :-1], MAPPED - 1, out=before_NK[:, 1:])
-    gaps_NK = ranks_NK - before_NK - 1
-    gapped_NK = ~mapped_NK & (np.arange(ranks_NK.shape[1]) < sizes_N[:, None])
-    for group, places in _groups(ranks_NK.shape[1]):
-        yield f"{prefix}-gaps{group}", gaps_NK[:, places][gapped_NK[:, places]]
+    """Streams of sets given as rising ranks; what lies beyond a set's size means nothing."""
+    rising_NK: Numbers = ranks_NK.astype(np.int32)
+    sizes_N = sizes_N.astype(np.int32, copy=False)
+    maps_AN, counts_G = np.zeros((MAPS, len(rising_NK)), np.int32), np.zeros(len(GROUPS), np.int64)
+    _map_ranks(rising_NK, sizes_N, maps_AN)
+    _count_gaps(maps_AN, sizes_N, MAPPED, counts_G)
+    gaps = np.empty(int(counts_G.sum()), np.int32)
+    _take_gaps(rising_NK, sizes_N, np.cumsum(counts_G) - counts_G, gaps)
+    yield from ((f"{prefix}-map{map_}", map_N) for map_, map_N in enumerate(maps_AN))
+    yield from ((f"{prefix}-gaps{group}", part) for group, part in enumerate(np.split(gaps, np.cumsum(counts_G)[:-1])))
+
+
+@compiled
+def _map_ranks(ranks_NK: Numbers, sizes_N: Numbers, maps_AN: Numbers) -> None:
+    for row in range(len(sizes_N)):
+        for place in range(sizes_N[row]):
+            rank = ranks_NK[row, place]
+            if rank >= 28:
+                break
+            maps_AN[rank // 7, row] |= 1 << rank % 7
+
+
+@compiled
+def _take_gaps(ranks_NK: Numbers, sizes_N: Numbers, starts_G: NDArray[np.int64], gaps: Numbers) -> None:
+    """Fill as many gaps as `_count_gaps` counted."""
+    at_G = starts_G.copy()
+    for row in range(len(sizes_N)):
+        before = 27
+        for place in range(sizes_N[row]):
+            rank = ranks_NK[row, place]
+            if rank >= 28:
+                group = min(place >> 4, 3)
+                gaps[at_G[group]] = rank - before - 1
+                at_G[group] += 1
+                before = rank
 
 
 def read_sets(reader: StreamReader, prefix: str, sizes_N: Numbers, width: int, bound: int) -> Numbers:
@@ -122,10 +142,3 @@ def _fill_ranks(
 
 
 assert (MAPPED, MAP_BITS, GROUPS) == (28, 7, (0, 16, 32, 48)), "as the loops have them"
-
-
-def _groups(width: int) -> Iterator[tuple[int, slice]]:
-    """(group, places) for sets of at most `width` ids."""
-    for group, (first, end) in enumerate(zip(GROUPS, (*GROUPS[1:], width), strict=True)):
-        if first < width:
-            yield group, slice(first, min(end, width))
