@@ -75,6 +75,14 @@ def test_a_chart_shows_every_figure_at_its_number_on_logarithmic_scales():
     assert len({dot.split(",")[1] for dot in peer.split()}) == 1
 
 
+def test_the_quick_set_is_every_benchmark_that_has_one():
+    makefile = (RESULTS.parent.parent / "Makefile").read_text(encoding="utf-8")
+    listed = re.search(r"^QUICK_BENCHMARKS = (.+)$", makefile, re.MULTILINE)
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in RESULTS.parent.glob("*.py")}
+    assert listed is not None
+    assert set(listed[1].split()) == {name for name, text in sources.items() if "parser(__doc__)" in text}
+
+
 def test_what_was_measured_on_no_gpu_says_so():
     """The rows of a GPU say "not measured" for as long as no result names one."""
     machines = [json.loads(path.read_text(encoding="utf-8"))["machine"] for path in RESULTS.glob("*.json")]
