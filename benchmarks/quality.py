@@ -218,7 +218,7 @@ def rows(runs: Sequence[dict[str, Any]], positions: Sequence[int]) -> Iterator[R
             kl = float(table[name].mean(0).sum() / sum(positions))
             label = f"{name}, {sizes[name]:.3g} B" if setting.cached else name
             value, low, high = (100 * share for share in dataclasses.astuple(found[name]))
-            metric = f"gain [{low:.1f}, {high:.1f}], KL {kl:.4f}, {len(seeds)} seeds"
+            metric = f"gain [{low:.1f}, {high:.1f}], KL {kl:.4f}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
             yield compare(label, metric, "%", value, 100 * found[other].value, other, more_is_better=True)
             if setting.cached and sizes[name] <= GOAL_BYTES and setting.beside is None:
                 yield compare(label, "its lower end", "%", low, 100.0, WHOLE, bound=GOAL, more_is_better=True)

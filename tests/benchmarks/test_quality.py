@@ -15,14 +15,16 @@ from benchmarks.quality_shards import Kept, bytes_a_position, record_of, shard_s
 from benchmarks.quality_statistics import gains
 from benchmarks.quality_teacher import Response
 from benchmarks.record import Runs
+from benchmarks.teacher_logits import TOP_M
 from shards.contract import Selection
 from shards.record import AttentionSummary
 from stages.distill.batches import assemble
 from stages.distill.objective import DistillModule, Emphasis
 from stages.student.model import build_student
 from stages.student.shape import StudentShape
+from stages.teacher_cache.signals import summarise_attention
 
-VOCAB = 37
+VOCAB = 97
 SHAPE = StudentShape(hidden_size=16, encoder_layers=1, decoder_layers=1, heads=2, intermediate_size=24)
 
 
@@ -30,17 +32,15 @@ def response(seed: int) -> Response:
     rng = np.random.default_rng(seed)
     count = int(rng.integers(3, 9))
     logits_NV = torch.from_numpy(2 * rng.normal(size=(count, VOCAB)))
-    one_LN = np.full((3, count), 0.5, np.float32)
+    prompt_ids_P = rng.integers(2, VOCAB, 5).astype(np.int32)
+    attention_NS = torch.rand(3 * count, len(prompt_ids_P) + 1, generator=torch.Generator().manual_seed(seed))
+    names = ("positions_LNM", "weights_LNM", "sink_LN", "prompt_LN", "entropy_LN")
+    parts = summarise_attention(attention_NS / attention_NS.sum(1, keepdim=True), len(prompt_ids_P), TOP_M)
+    summary = {name: part.unflatten(0, (3, count)).numpy() for name, part in zip(names, parts, strict=True)}
     return Response(
-        prompt_ids_P=rng.integers(2, VOCAB, 5).astype(np.int32),
+        prompt_ids_P=prompt_ids_P,
         response_ids_R=rng.integers(2, VOCAB, count).astype(np.int32),
-        attention=AttentionSummary(
-            positions_LNM=np.ones((3, count, 1), np.int32),
-            weights_LNM=one_LN[..., None],
-            sink_LN=one_LN,
-            prompt_LN=one_LN,
-            entropy_LN=one_LN,
-        ),
+        attention=AttentionSummary(**summary),
         logprobs_NV=logits_NV.log_softmax(-1).half().numpy(),
     )
 
@@ -77,6 +77,22 @@ def test_the_ceiling_is_the_house_s_own_loss_where_a_cache_keeps_all_ids_but_one
     )
     assert cached == pytest.approx(ceiling, rel=1e-5)
     torch.testing.assert_close(cached_gradient, ceiling_gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", quality.SETTINGS)
+def test_every_setting_teaches(
+    name: str, small: list[Response], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "SHAPE", SHAPE)
+    monkeypatch.setattr(quality, "head_components_VD", lambda: np.random.default_rng(0).normal(size=(VOCAB, 16)))
+    monkeypatch.setattr(quality, "shard_set", lambda kept: shard_set(kept, tmp_path))
+    setting = quality.SETTINGS[name]
+    before = sum(quality.kl_sums(quality.fresh_student(5)))
+    student, size = quality.train(setting, seed=5, is_whole=name == "Full")
+    again, _ = quality.train(setting, seed=5, is_whole=name == "Full")
+    assert size > 0
+    assert sum(quality.kl_sums(student)) < before
+    assert all(torch.equal(*pair) for pair in zip(student.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kept", [quality.HYBRID, quality.SAMPLE_12, quality.TOP_12])
