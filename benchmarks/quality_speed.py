@@ -66,7 +66,7 @@ class Teacher:
         folder = teacher_folder(TEACHER, None, silent)
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, tokens: Tokens) -> Tensor:
         """[N, V] fp32, of the response rows of all records."""
         ids_BT = torch.from_numpy(np.stack([np.concatenate(pair) for pair in tokens])).long()[:, :-1]
