@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from benchmarks.record import Row, compare, parser, write
-from stages.inference.few_rows import FewRowsLinear
+from stages.inference.few_rows import expect_few_rows
 from stages.inference.stepping import DecoderState, advance, encode, fresh
 from stages.student.model import MiniCodformerForConditionalGeneration, build_student
 from stages.student.scan_chunked import scan_chunked
@@ -156,7 +156,7 @@ def layer_rows(cases: Cases) -> Iterator[Row]:
 def make_student(vocabulary: int = VOCAB) -> MiniCodformerForConditionalGeneration:
     """As `Student.load` makes it on a CPU."""
     student = build_student(StudentShape(), vocab_size=vocabulary, start_token_id=0, end_token_id=1, seed=0).eval()
-    student.set_output_embeddings(FewRowsLinear(student.output_weight()))
+    expect_few_rows(student)
     return student
 
 

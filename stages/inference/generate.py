@@ -27,7 +27,7 @@ from stages.corpus.tokenizer import ChatTokenizer, RefusedByTemplate
 from stages.errors import StageError
 from stages.inference.answer import Answer, Piece, TokenLogprob
 from stages.inference.batch import DecodeBatch
-from stages.inference.few_rows import FewRowsLinear
+from stages.inference.few_rows import expect_few_rows
 from stages.inference.loading import load_model, newest_model
 from stages.inference.prompts import PromptCache
 from stages.inference.sampling import Sampling
@@ -87,7 +87,7 @@ class Student:
             )
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if model.device.type == "cpu":
-            model.set_output_embeddings(FewRowsLinear(model.output_weight()))
+            expect_few_rows(model)
         return cls(model, tokenizer)
 
     def generate(self, prompts: str | Sequence[str], **options: Unpack[SamplingOptions]) -> list[Generation]:

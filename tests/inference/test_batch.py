@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from stages.inference.batch import DecodeBatch
-from stages.inference.few_rows import FewRowsLinear
+from stages.inference.few_rows import FewRowsLinear, expect_few_rows
 from stages.inference.generate import Student
 from stages.inference.prompts import PromptCache
 from stages.inference.sampling import Sampling, candidates
@@ -130,8 +130,23 @@ def test_every_recurrence_streams_what_transformers_computes(changes: dict[str, 
             torch.testing.assert_close(streamed[row], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("wiring", ["ncp", "dense"])
+def test_a_model_made_for_few_rows_computes_what_it_did(wiring: str) -> None:
+    shape = StudentShape(
+        hidden_size=32, heads=2, encoder_layers=1, decoder_layers=2, intermediate_size=48, wiring=wiring
+    )
+    model = build_student(shape, vocab_size=97, start_token_id=0, end_token_id=2, seed=6).eval()
+    ids = torch.arange(3, 15).view(2, 6)
+    with torch.inference_mode():
+        expected = model(ids, decoder_input_ids=ids).logits
+        expect_few_rows(model)
+        torch.testing.assert_close(model(ids, decoder_input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    plain = {type(layer).__name__ for name, layer in model.model.decoder.named_modules() if name.endswith("command")}
+    assert plain == {"FewRowsLinear"}
+
+
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 33])
-def test_the_output_layer_for_few_rows_is_the_plain_one(rows: int) -> None:
+def test_the_layer_for_few_rows_is_the_plain_one(rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
     plain = torch.nn.Linear(24, 301, bias=False)
     hidden = torch.randn(rows, 1, 24, generator=generator)
