@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.launch import Machine
 from pipeline.replicas import replicas
 from shards.manifest import is_sealed
-from shards.planes2.codec import Planes2
+from shards.planes.codec import Planes3
 from shards.reader import ShardSet
 from shards.record import Record
 from shards.shard import ShardReader
@@ -133,7 +133,7 @@ def test_vllm_in_two_replicas_leaves_the_bytes_of_one(
     assert warnings(events) == []
     assert any("2 replicas of vllm" in event.text for event in events if isinstance(event, Note))
     shards = ShardSet(tmp_path / "two")
-    assert shards.contract.codec == Planes2.name
+    assert shards.contract.codec == Planes3.name
     assert shards.manifest.totals()["records"] == 36
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
