@@ -2,7 +2,7 @@
 
 Byte-level models of width 128 and two layers read the Python standard library's sources, 256 bytes at a time, and are
 judged on held-out files at that length and at four times it; and they recall pairs that they have just seen (MQAR;
-Arora et al., Zoology). Every (setting, seed) appends its figures to results/student_quality.jsonl and is not run
+Arora et al., Zoology). Every (task, setting, seed) appends its figures to results/student_quality.jsonl and is not run
 again; the table is made from that file. Run from the repository's root:
 
     python -m benchmarks.student_quality [--seeds 3]
@@ -16,6 +16,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from stages.student.ltc import LiquidMixer
 RUNS = Runs(RESULTS / "student_quality.jsonl")
 WIDTH, HEADS, LAYERS, KERNEL = 128, 2, 2, 4
 LENGTH, BATCH, STEPS = 256, 8, 300
-PAIRS, SYMBOLS, RECALL_BATCH, RECALL_STEPS = 8, 64, 64, 400
+PAIRS, SYMBOLS, RECALL_BATCH, RECALL_STEPS = 8, 64, 64, 800
 RATE, WARMUP = 3e-3, 20
 MLP = 344
 """SwiGLU width of the liquid block; the others' is set so that all have its parameters."""
@@ -193,44 +194,52 @@ def recall_batch(draw: np.random.Generator) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def recall(model: Model, seed: int) -> float:
-    """Share of values told right, in percent."""
-    draw = np.random.default_rng(seed)
-    train(model, lambda _: recall_batch(draw), RECALL_STEPS)
-    with torch.inference_mode():
-        inputs, targets = recall_batch(np.random.default_rng(10_000 + seed))
-        asked = targets >= 0
-        return 100 * (model(inputs).argmax(-1)[asked] == targets[asked]).double().mean().item()
-
-
-def run(setting: str, seed: int) -> dict[str, float | str | int]:
+def read(setting: str, seed: int) -> dict[str, Any]:
+    """Train a model to read, and judge it at both lengths."""
     seen, held_out = corpus()
     torch.manual_seed(seed)
     draw, start = np.random.default_rng(seed), time.process_time()
     model = matched(setting, 256)
     train(model, lambda _: windows(seen, draw.integers(0, len(seen) - LENGTH - 1, BATCH), LENGTH), STEPS)
-    seconds = time.process_time() - start
-    torch.manual_seed(seed)
     return {
-        "setting": setting,
-        "seed": seed,
+        "training_seconds": time.process_time() - start,
         "parameters": parameters(model),
         "nats": nats(model, held_out, LENGTH),
         "nats_4x": nats(model, held_out, 4 * LENGTH),
-        "recall": recall(matched(setting, 2 * SYMBOLS), seed),
-        "training_seconds": seconds,
     }
+
+
+def recall(setting: str, seed: int) -> dict[str, Any]:
+    """Train a model to recall; the share of values told right, in percent."""
+    torch.manual_seed(seed)
+    model, draw = matched(setting, 2 * SYMBOLS), np.random.default_rng(seed)
+    train(model, lambda _: recall_batch(draw), RECALL_STEPS)
+    with torch.inference_mode():
+        inputs, targets = recall_batch(np.random.default_rng(10_000 + seed))
+        asked = targets >= 0
+        right = (model(inputs).argmax(-1)[asked] == targets[asked]).double().mean().item()
+    return {"recall_steps": RECALL_STEPS, "recall": 100 * right}
+
+
+TASKS: dict[str, Callable[[str, int], dict[str, Any]]] = {"read": read, "recall": recall}
+MEASURES = (
+    ("read", "nats", f"nats a byte at {LENGTH}"),
+    ("read", "nats_4x", f"nats a byte at {4 * LENGTH}"),
+    ("recall", "recall", "recall"),
+)
 
 
 def rows() -> Iterator[Row]:
     """The liquid default beside every other setting: means over seeds, and the spread of each."""
-    by_setting: dict[str, list[dict[str, float]]] = {}
-    for facts in RUNS.finished():
-        by_setting.setdefault(str(facts["setting"]), []).append(facts)
-    measures = (("nats", f"nats a byte at {LENGTH}"), ("nats_4x", f"nats a byte at {4 * LENGTH}"), ("recall", "recall"))
-    for setting, runs in by_setting.items():
-        for name, metric in measures:
-            ours, theirs = ([facts[name] for facts in part] for part in (by_setting["liquid"], runs))
+    runs = RUNS.finished()
+    for setting in SETTINGS:
+        for task, name, metric in MEASURES:
+            ours, theirs = (
+                [facts[name] for facts in runs if (facts["setting"], facts["task"]) == (wanted, task)]
+                for wanted in ("liquid", setting)
+            )
+            if not (ours and theirs):
+                continue
             spread = f"±{statistics.stdev(theirs):.2g}, {len(theirs)} seeds" if len(theirs) > 1 else "one seed"
             label = f"{setting}; {spread}"
             unit, more = ("%", True) if name == "recall" else ("nats", False)
@@ -243,13 +252,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    done = {(facts["setting"], facts["seed"]) for facts in RUNS.finished()}
+    done = {(facts["task"], facts["setting"], facts["seed"]) for facts in RUNS.finished()}
     for seed in range(arguments.seeds):
         for setting in SETTINGS:
-            if (setting, seed) not in done:
-                facts = run(setting, seed)
-                RUNS.append(facts)
-                print(facts, flush=True)
+            for task, run in TASKS.items():
+                if (task, setting, seed) not in done:
+                    facts = {"task": task, "setting": setting, "seed": seed} | run(setting, seed)
+                    RUNS.append(facts)
+                    print(facts, flush=True)
     write("student_quality", list(rows()), clock="none", packages=("torch", "ncps"), threads=1)
 
 

@@ -175,6 +175,8 @@ def test_a_run_that_was_cut_short_is_run_again_and_no_other(
     monkeypatch.setattr(quality.quality_teacher, "main", lambda: None)
     monkeypatch.setattr(quality, "dev_positions", lambda: tuple(len(one.response_ids_R) for one in small))
     monkeypatch.setattr(quality, "write", lambda _, rows, **__: written.append(rows))
+    for setting in ("set_flush_denormal", "set_num_threads"):
+        monkeypatch.setattr(torch, setting, lambda _: True)  # they would outlive this test
     monkeypatch.setattr("sys.argv", ["quality", "--seeds", "2"])
     quality.main()
     assert len(trained) == len(runs.finished()) == 6

@@ -44,7 +44,9 @@ def test_W3_writers_killed_at_random_leave_the_bytes_of_an_undisturbed_run(
 ) -> None:
     undisturbed = {unit: build_shard(unit, "train", contract, rows) for unit, rows in plan.items()}
     rng, kills, half_written = random.Random(3), 0, 0
-    for round_ in range(10):
+    for round_ in range(60):
+        if round_ >= 10 and half_written:
+            break
         folder = tmp_path / f"disturbed-{round_}"
         for generation in range(4):
             seeds = [100 * round_ + 10 * generation + n for n in range(rng.randint(1, 4))]

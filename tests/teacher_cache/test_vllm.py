@@ -6,6 +6,7 @@ One engine in this process serves all tests; the tensor-parallel one runs in a p
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import os
@@ -100,6 +101,13 @@ def test_the_same_call_gives_the_same_bits(
     for first, second in zip(signals, engine.capture(samples), strict=True):
         for name in ("ids_NK", "logprobs_NK", "log_tail_N", "entropy_N", "curve_NJ"):
             assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+@pytest.mark.usefixtures("engine")
+def test_vllm_starts_where_numba_has_compiled_something() -> None:
+    library = importlib.import_module("llvmlite.binding.ffi").lib
+    assert not hasattr(library, "__dict__"), "vLLM would take what answers for a dictionary"
+    assert callable(library.LLVMPY_GetVersionInfo)
 
 
 def test_full_distributions_are_those_of_transformers_whole_or_in_chunks(

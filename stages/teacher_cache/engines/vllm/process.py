@@ -5,6 +5,7 @@ vLLM is imported when the first start needs it, after its environment is set.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -12,6 +13,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,7 @@ class InProcessVllm(ABC):
     def _load(self) -> Any:
         options = self._options()
         _set_environment(self._teacher.tensor_parallel)
+        _hide_from_reflection()
         from vllm import EngineArgs, LLMEngine
 
         common = {
@@ -146,6 +149,23 @@ def _set_environment(tensor_parallel: int) -> None:
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = binding
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+@cache
+def _hide_from_reflection() -> None:
+    """vLLM looks into the `__dict__` of all that modules hold; llvmlite's library answers that name with a function.
+
+    So vLLM 0.32 did not start in a process where numba had compiled anything.
+    """
+    library = type(importlib.import_module("llvmlite.binding.ffi").lib)
+    function = library.__getattr__
+
+    def named(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return function(self, name)
+
+    library.__getattr__ = named
 
 
 @contextmanager
