@@ -87,7 +87,7 @@ SETTINGS: dict[str, Setting] = {
     "top 40, residual to label": Setting(kept=TOP_40, objective=objective("residual_to_label")),
     "temperature by difficulty": Setting(
         kept=replace(TOP_40, curve=NODES),
-        objective=objective("water_filled_kl", temperature_mode="adaptive", temperature=1.2),
+        objective=objective("water_filled_kl", temperature_mode="adaptive", temperature=1.0),
         beside=BASE,
     ),
     "attention matched": Setting(

@@ -136,6 +136,10 @@ def _batch(number: int) -> Iterator[Response]:
     logprobs_BNV = np.load(paths[0], mmap_mode="r")
     with np.load(paths[1]) as arrays:
         parts = dict(arrays)
+    # Attention of a bf16 body sums to 1 within its rounding; a summary may not exceed 1.
+    excess_LBN = np.maximum(parts["sink_LBN"] + parts["prompt_LBN"], 1)
+    parts |= {name: parts[name] / excess_LBN for name in ("sink_LBN", "prompt_LBN")}
+    parts["weights_LBNM"] = parts["weights_LBNM"] / excess_LBN[..., None]
     for row, response_ids_R in enumerate(parts["response_ids_BR"]):
         ends = np.flatnonzero(response_ids_R == END)
         length = int(ends[0]) + 1 if ends.size else RESPONSE
