@@ -5,9 +5,7 @@ learnt from passages that the test has none of, and counted as they weigh in a s
 ones (V = 151,936) have the rank curves, tails and entropies of real positions, and ids from a seeded noisy Zipf law,
 whose noise is such that the 1,024 most frequent ids have their real share.
 
-- DistillKit's layout (arcee-ai/DistillKit, `compression/`): ids in ceil(log2 V) bits, differences of log-probabilities,
-  16 as float16, the others as a least-squares fit of six terms in float32; bits are unpacked one by one, as there.
-- Layouts by formula: bf16 log-probabilities beside packed ids; the 36 bytes of 12 sampled tokens (2503.16870).
+What others store is in `peer_layouts.py`.
 
     python -m benchmarks.codec [--quick]
 """
@@ -22,11 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.peer_layouts import (
+    PACKED,
+    DistillKitLayout,
+    K,
+    distillkit_records,
+    packed_bytes,
+    plain_bytes,
+)
 from benchmarks.record import Row, compare, parser, write
 from benchmarks.teacher_logits import LAYERS, NODES, TOP_M, Passage, passages
 from shards.codec import codec_for
@@ -44,10 +48,8 @@ GROWTH, QUICK_GROWTH = (8, 16, 32, 128), (16,)
 """Ids a position over which the cost is followed."""
 SHARD_POSITIONS = 250_000
 BUDGET = 1 << 17
-K, EXACT = 64, 16
 REPEATS = 5
 LEAST_COVERAGE = 0.89
-PACKED = "bf16 and packed ids"
 FREQUENT = 1_024
 
 Float64 = NDArray[np.float64]
@@ -243,64 +245,6 @@ def coverage(records: Sequence[Record]) -> float:
     return float(np.concatenate([1 - np.exp(record.log_tail_N.astype(np.float64)) for record in records]).mean())
 
 
-class DistillKitLayout:
-    """16 exact values, six terms, ids bit by bit; N positions at once, as a record has them."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.bits = (vocab_size - 1).bit_length()
-        place = torch.arange(K - EXACT, dtype=torch.float32)
-        terms = [place**power for power in range(4)] + [place.sqrt(), torch.exp(-place)]
-        self._terms = torch.stack(terms, dim=-1)
-        self._fit = torch.linalg.pinv(self._terms.double()).float()
-
-    def bytes(self) -> float:
-        return -(-K * self.bits // 8) + 2 * EXACT + 4 * self._terms.shape[1]
-
-    def encode(self, ids_NK: torch.Tensor, logprobs_NK: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        steps = torch.cat([logprobs_NK[:, :1], logprobs_NK.diff(dim=-1)], dim=-1)
-        order = torch.arange(self.bits - 1, -1, -1)
-        bits = (ids_NK.long().unsqueeze(-1) >> order & 1).to(torch.uint8).view(len(ids_NK), -1, 8)
-        packed = (bits * torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)).sum(-1).to(torch.uint8)
-        return packed, steps[:, :EXACT].half(), steps[:, EXACT:] @ self._fit.T
-
-    def decode(self, packed: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        bits = (packed.unsqueeze(-1) >> torch.arange(7, -1, -1) & 1).to(torch.uint8).view(len(packed), K, self.bits)
-        ids_NK = (bits * 2 ** torch.arange(self.bits - 1, -1, -1)).sum(-1).long()
-        fitted = (self._terms * terms.unsqueeze(-2)).sum(-1)
-        return ids_NK, torch.cat([exact.float(), fitted], dim=-1).cumsum(-1)
-
-
-def distillkit_records(test: Sequence[Record], layout: DistillKitLayout) -> list[Record]:
-    """What the layout gives back; the tail is what the kept ids leave, since it stores none."""
-    found = []
-    for record in test:
-        assert record.logprobs_NK is not None
-        packed = layout.encode(torch.tensor(record.ids_NK), torch.tensor(record.logprobs_NK))
-        ids_NK, logprobs_NK = (part.numpy() for part in layout.decode(*packed))
-        assert (ids_NK == record.ids_NK).all()
-        left_N = (1 - np.exp(logprobs_NK.astype(np.float64)).sum(axis=1)).clip(1e-9)
-        tail_N = np.log(left_N).astype(np.float32)
-        found.append(dataclasses.replace(record, logprobs_NK=logprobs_NK, log_tail_N=tail_N))
-    return found
-
-
-def plain_bytes(test: Sequence[Record], folder: Path) -> dict[str, float]:
-    """Bytes a position of plain typed columns, one row a record."""
-    positions = sum(record.positions for record in test)
-    columns = {
-        name: pa.array([getattr(record, name).ravel() for record in test])
-        for name in ("ids_NK", "logprobs_NK", "log_tail_N", "entropy_N")
-    }
-    table = pa.table(columns)
-    with pa.ipc.new_file(folder / "a.arrow", table.schema) as file:
-        file.write_table(table)
-    pq.write_table(table, folder / "a.parquet", compression="zstd", compression_level=9)
-    return {
-        "raw Arrow": (folder / "a.arrow").stat().st_size / positions,
-        "Parquet, zstd 9": (folder / "a.parquet").stat().st_size / positions,
-    }
-
-
 def rates(measured: Measured, test: Sequence[Record], layout: DistillKitLayout) -> dict[str, tuple[float, float]]:
     """Tokens a second of CPU time, ours and the layout's, medians of interleaved runs on one thread."""
     tensors = [(torch.tensor(record.ids_NK), torch.tensor(record.logprobs_NK)) for record in test]
@@ -391,7 +335,7 @@ def top64_rows(given: Material) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for name, size in plain_bytes(plain, Path(folder)).items():
             yield compare(case, "bytes a token", "B", ours.total, size, name)
-    yield compare(case, "bytes a token", "B", ours.total, packed_bytes(K), PACKED)
+    yield compare(case, "bytes a token", "B", ours.total, packed_bytes(K, VOCAB), PACKED)
     for name, (mine, other) in rates(ours, plain, layout).items():
         bound = {"encode": 2.3, "decode": 4.8}[name]
         yield compare(case, name, "tokens/s", mine, other, "DistillKit's layout", bound=bound, more_is_better=True)
@@ -407,11 +351,7 @@ def growth_rows(given: Material, ks: Sequence[int]) -> Iterator[Row]:
             [topk(passage, k) for passage in given.test],
             [topk(passage, k) for passage in given.taught],
         )
-        yield compare(f"top-{k}, V = 49,152", "bytes a token", "B", made.total, packed_bytes(k), PACKED)
-
-
-def packed_bytes(k: int) -> float:
-    return k * (16 + (VOCAB - 1).bit_length()) / 8
+        yield compare(f"top-{k}, V = 49,152", "bytes a token", "B", made.total, packed_bytes(k, VOCAB), PACKED)
 
 
 def wide_rows(given: Material) -> Iterator[Row]:

@@ -7,18 +7,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from shards.contract import AttentionSpec, Selection
-from stages.corpus.sample import Sample
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.transformers import TransformersEngine
 from stages.teacher_cache.engines.vllm.adapter import VllmEngine
 from stages.teacher_cache.engines.vllm.generation import VllmAuthor
 from stages.teacher_cache.engines.vllm.plugin import CAPTURED
 from stages.teacher_cache.settings import RespondSettings, TeacherSettings
+from tests.teacher_cache.random_samples import random_samples
 
 SHAPE = {
     "vocab_size": 1_000,
@@ -64,16 +63,7 @@ def qwen3_moe() -> Any:
 MODELS = (llama, qwen2, qwen3, qwen3_moe)
 
 
-def samples() -> list[Sample]:
-    rng = np.random.default_rng(2)
-    return [
-        Sample(
-            sample_id=f"{number:016x}",
-            prompt_ids=rng.integers(0, 1_000, prompt).astype(np.int32),
-            response_ids=rng.integers(0, 1_000, response).astype(np.int32),
-        )
-        for number, (prompt, response) in enumerate(((1, 3), (30, 40), (9, 20)))
-    ]
+SAMPLES = random_samples((1, 3), (30, 40), (9, 20), seed=2)
 
 
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
@@ -87,8 +77,8 @@ def test_a_registered_teacher_is_captured_as_transformers_says(build: Callable[[
     )
     settings = TeacherSettings(dtype="float32", head_dtype="float32", max_model_len=128, max_batched_tokens=64)
     with closing(VllmEngine(tmp_path, settings, spec)) as engine:
-        ours = list(engine.capture(samples()))
-    for mine, other in zip(ours, TransformersEngine(tmp_path, spec).capture(samples()), strict=True):
+        ours = list(engine.capture(SAMPLES))
+    for mine, other in zip(ours, TransformersEngine(tmp_path, spec).capture(SAMPLES), strict=True):
         assert (mine.ids_NK == other.ids_NK).double().mean().item() > 0.99
         for name in ("logprobs_NK", "log_tail_N", "entropy_N", "curve_NJ"):
             assert torch.allclose(getattr(mine, name), getattr(other, name), atol=5e-4, rtol=1e-4), name
@@ -106,7 +96,7 @@ def test_a_teacher_writes_what_transformers_would(tmp_path: Path) -> None:
     model = llama().float().eval()
     model.save_pretrained(tmp_path)
     settings = TeacherSettings(dtype="float32", max_model_len=64)
-    prompts = [sample.prompt_ids.tolist() for sample in samples()]
+    prompts = [sample.prompt_ids.tolist() for sample in SAMPLES]
     (end,) = model.generate(torch.tensor([prompts[0]]), max_new_tokens=3, do_sample=False)[0, -1:].tolist()
     with closing(VllmAuthor(tmp_path, settings, RespondSettings(temperature=0.0, max_new_tokens=40), end)) as author:
         greedy = author.write(prompts, 0)

@@ -13,20 +13,19 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shards.contract import Selection
-from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.transformers import TransformersEngine
 from stages.teacher_cache.engines.vllm.adapter import VllmEngine
 from stages.teacher_cache.engines.vllm.process import resolve_dtype
 from stages.teacher_cache.settings import TeacherSettings
+from tests.teacher_cache.random_samples import random_samples
 
 GROUP = 32
 SPEC = CaptureSpec(selection=Selection(kind="topk", k=16), curve=(0.5, 0.25))
@@ -35,16 +34,7 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 Pack = Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor]]
 
 
-def samples() -> list[Sample]:
-    rng = np.random.default_rng(2)
-    return [
-        Sample(
-            sample_id=f"{number:016x}",
-            prompt_ids=rng.integers(0, 1_000, prompt).astype(np.int32),
-            response_ids=rng.integers(0, 1_000, response).astype(np.int32),
-        )
-        for number, (prompt, response) in enumerate(((1, 3), (30, 40)))
-    ]
+SAMPLES = random_samples((1, 3), (30, 40), seed=2)
 
 
 def four_bits(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,11 +129,9 @@ def test_a_quantised_teacher_is_captured_with_the_weights_that_it_has(
 ) -> None:
     plain, quantised = write(tmp_path, pack, config)
     with closing(VllmEngine(quantised, SETTINGS, SPEC)) as engine:
-        ours = list(engine.capture(samples()))
-        full = list(engine.full(samples()))
-    truth, unlike = (
-        list(TransformersEngine(folder, SPEC).full(samples())) for folder in (plain, tmp_path / "original")
-    )
+        ours = list(engine.capture(SAMPLES))
+        full = list(engine.full(SAMPLES))
+    truth, unlike = (list(TransformersEngine(folder, SPEC).full(SAMPLES)) for folder in (plain, tmp_path / "original"))
     for mine, packed_truth, original in zip(full, truth, unlike, strict=True):
         assert (mine - packed_truth).abs().mean().item() < 0.02, "a float16 body"
         assert (mine - original).abs().mean().item() > 0.3, "what packing itself changes is far more"

@@ -35,6 +35,7 @@ from stages.teacher_cache.engines.vllm.process import resolve_dtype
 from stages.teacher_cache.engines.vllm.prompt_logprobs import PromptLogprobsEngine
 from stages.teacher_cache.settings import TeacherSettings
 from stages.teacher_cache.signals import AttentionSignal, TeacherSignal
+from tests.teacher_cache.random_samples import random_samples
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
@@ -365,17 +366,8 @@ TP_SPEC = CaptureSpec(
 )
 
 
-def tp_samples() -> list[Sample]:
-    """Random ids, with those of the second rank's shard among them; the second sample is prefilled in chunks."""
-    rng = np.random.default_rng(5)
-    return [
-        Sample(
-            sample_id=f"{prompt:016x}",
-            prompt_ids=rng.integers(0, 1_000, prompt).astype(np.int32),
-            response_ids=rng.integers(0, 1_000, response).astype(np.int32),
-        )
-        for prompt, response in ((1, 4), (40, 50), (12, 1))
-    ]
+TP_SAMPLES = random_samples((1, 4), (40, 50), (12, 1), seed=5)
+"""With ids of the second rank's shard among them; the second is prefilled in chunks."""
 
 
 def test_two_tensor_parallel_ranks_agree_with_transformers(tmp_path: Path, tiny_qwen3: Path) -> None:
@@ -384,17 +376,17 @@ def test_two_tensor_parallel_ranks_agree_with_transformers(tmp_path: Path, tiny_
     subprocess.run(
         [sys.executable, str(program), str(tiny_qwen3), str(tmp_path), TP_SPEC.to_json()],
         input=json.dumps(
-            [[sample.sample_id, sample.prompt_ids.tolist(), sample.response_ids.tolist()] for sample in tp_samples()]
+            [[sample.sample_id, sample.prompt_ids.tolist(), sample.response_ids.tolist()] for sample in TP_SAMPLES]
         ),
         text=True,
         check=True,
         env=environment,
     )
-    ours = [_loaded(tmp_path / f"{index}.safetensors") for index in range(len(tp_samples()))]
-    theirs = list(TransformersEngine(tiny_qwen3, TP_SPEC).capture(tp_samples()))
+    ours = [_loaded(tmp_path / f"{index}.safetensors") for index in range(len(TP_SAMPLES))]
+    theirs = list(TransformersEngine(tiny_qwen3, TP_SPEC).capture(TP_SAMPLES))
     require_equal_signals(ours, theirs, logprobs=2e-4)
     full = load_file(tmp_path / "full.safetensors")["logprobs"]
-    (truth,) = TransformersEngine(tiny_qwen3, TP_SPEC).full(tp_samples()[:1])
+    (truth,) = TransformersEngine(tiny_qwen3, TP_SPEC).full(TP_SAMPLES[:1])
     assert largest_difference(full, truth) < 2e-4
     for mine, other in zip(ours, theirs, strict=True):
         same = same_ids(mine, other)
