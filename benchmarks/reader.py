@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,16 +128,14 @@ def open_set(folder: Path) -> dict[str, float]:
 
 
 def read_shuffled(folder: Path) -> dict[str, float]:
-    """Every record once in a shuffled order: seconds, and the resident set at half and at the end (peaks, MiB)."""
+    """Every record once in a shuffled order: the resident set before, and its peak, in MiB."""
     split = ShardSet(folder).split("train")
     order = np.random.default_rng(1).permutation(len(split))
-    begun, before, peaks = time.perf_counter(), resident(), [0.0, 0.0]
-    for turn, index in enumerate(order.tolist()):
+    before = peak = resident()
+    for index in order.tolist():
         assert split[index].positions == TOKENS
-        half = 2 * turn // len(order)
-        peaks[half] = max(peaks[half], resident())
-    seconds = time.perf_counter() - begun
-    return {"seconds": seconds, "before": before, "half": peaks[0], "end": peaks[1], "records": len(split)}
+        peak = max(peak, resident())
+    return {"before": before, "peak": peak}
 
 
 def resident() -> float:
@@ -161,24 +159,39 @@ def datasets_rate(rows: object, order: list[int]) -> float:
     return len(order) * TOKENS / (time.perf_counter() - begun)
 
 
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.arrow"))
+
+
+def case_of(folder: Path) -> str:
+    return f"{len(ShardSet(folder).split('train')) * TOKENS / 1e6:.0f}M tokens, {size_of(folder) / 1e9:.2f} GB"
+
+
+def memory_rows(folders: Sequence[Path]) -> Iterator[results.Row]:
+    """Sets by rising size. Of the largest two both are larger than what is kept mapped: memory must not grow."""
+    read = [in_child("read", folder) for folder in folders]
+    metric, last = "peak memory, shuffled", len(folders) - 1
+    for place, (folder, figures) in enumerate(zip(folders, read, strict=True)):
+        case, peak = case_of(folder), figures["peak"]
+        if place:
+            bound = 0.9 if place == last else None
+            yield results.compare(
+                case, metric, "MiB", peak, read[place - 1]["peak"], "the next smaller set", bound=bound
+            )
+        yield results.compare(case, metric, "MiB", peak, size_of(folder) / 2**20, "the set")
+        yield results.compare(case, metric, "MiB", peak, figures["before"], "before reading")
+
+
 def measure(folder: Path, theirs: object) -> Iterator[results.Row]:
-    """One set; `theirs` are the rows of `datasets`."""
+    """One set, memory aside; `theirs` are the rows of `datasets`."""
     split = ShardSet(folder).split("train")
-    size = sum(path.stat().st_size for path in folder.rglob("*.arrow"))
-    millions = len(split) * TOKENS / 1e6
-    largest = millions >= 10
-    case = f"{millions:.0f}M tokens, {size / 1e9:.2f} GB"
+    case = case_of(folder)
+    largest = len(split) * TOKENS >= 10e6
     opened = [in_child("open", folder) for _ in range(ROUNDS)]
     median = statistics.median(figures["columns"] for figures in opened)
     yield results.compare(case, "open", "s", median, OPEN_SECONDS, "the promise", bound=1.0 if largest else None)
     by_shard = statistics.median(figures["shards"] for figures in opened)
     yield results.compare(case, "open", "s", median, by_shard, "opening every shard")
-
-    read, metric = in_child("read", folder), "peak memory, shuffled"
-    bound = 0.95 if largest else None
-    yield results.compare(case, metric, "MiB", read["end"], read["half"], "peak at half", bound=bound)
-    yield results.compare(case, metric, "MiB", read["end"], size / 2**20, "the set")
-    yield results.compare(case, metric, "MiB", read["end"], read["before"], "before reading")
 
     rates: dict[str, list[float]] = {"ours": [], "in order": [], "datasets, decoded on disk": []}
     for turn in range(ROUNDS):
@@ -201,8 +214,10 @@ def main() -> None:
         export_parquet(make_set(Path(place) / "exported", EXPORTED), Path(place) / "parquet")
         theirs = datasets.load_dataset(f"{place}/parquet", split="train", cache_dir=f"{place}/datasets")
         theirs = theirs.select_columns(["ids", "logprobs"]).with_format("numpy")
-        for shards in QUICK_SHARDS if quick else SHARDS:
-            rows += measure(make_set(Path(place) / str(shards), shards), theirs)
+        folders = [make_set(Path(place) / str(shards), shards) for shards in (QUICK_SHARDS if quick else SHARDS)]
+        for folder in folders:
+            rows += measure(folder, theirs)
+        rows += memory_rows(folders)
     results.write(
         "reader",
         rows,

@@ -34,7 +34,9 @@ __all__ = ["ShardReader", "ShardSet", "Split"]
 
 MAX_OPEN = 256
 MAX_RESIDENT = 1 << 26
-"""Bytes of cells read, about, before mapped pages are given back."""
+"""Bytes, about, that reading keeps mapped before the pages are given back."""
+AROUND = 1 << 20
+"""What the system maps around a record: it reads ahead, and its pages may be large."""
 
 
 class ShardSet:
@@ -115,7 +117,7 @@ class ShardSet:
         shard = self.open(info)
         record = shard[row]
         with self._lock:
-            self._read += shard.row_bytes(row)
+            self._read += shard.row_bytes(row) + AROUND
             if self._read >= MAX_RESIDENT:
                 self._read = 0
                 for shard in self._open.values():

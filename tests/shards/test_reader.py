@@ -112,3 +112,27 @@ def test_R3_a_shard_of_another_contract_in_a_sealed_set_is_refused_before_it_is_
     (folder / "train-0.arrow").write_bytes(build_shard("train-0", "train", other, written[:3]))
     with pytest.raises(ShardError, match="tokenizer_fingerprint"):
         _ = ShardSet(folder).split("train")[0]
+
+
+def resident(folder: Path) -> int:
+    """KiB of the folder's shards that are mapped into this process."""
+    inside, found = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split(" ", 1)[0].endswith(":"):
+            inside = line.endswith(".arrow") and str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+def test_what_was_read_is_given_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = ShardSet(folder).split("train")
+    monkeypatch.setattr(reader, "MAX_RESIDENT", 1 << 40)
+    names = [record.sample_id for record in train]
+    kept = resident(folder)
+    assert kept > 0
+    monkeypatch.setattr(reader, "MAX_RESIDENT", 1)
+    assert train[0].sample_id == names[0]
+    assert resident(folder) < kept
+    assert [record.sample_id for record in train] == names
+    assert resident(folder) == 0
