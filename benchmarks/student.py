@@ -161,8 +161,9 @@ def make_student(vocabulary: int = VOCAB) -> MiniCodformerForConditionalGenerati
 
 
 def after(student: MiniCodformerForConditionalGeneration, prompt: int, context: int, batch: int) -> DecoderState:
-    """Rows that have written `context` tokens."""
-    state = fresh(student, encode(student, [torch.randint(student.config.vocab_size, (prompt,)).tolist()]) * batch)
+    """Rows that have written `context` tokens, each after a prompt of its own."""
+    prompts = torch.randint(student.config.vocab_size, (batch, prompt)).tolist()
+    state = fresh(student, encode(student, prompts))
     for _ in range(context):
         advance(student, [5] * batch, state)
     return state
@@ -184,9 +185,12 @@ def step_times(student: MiniCodformerForConditionalGeneration, cases: Cases) -> 
     return {context: sorted(times)[len(times) // 4] for context, times in spent.items()}
 
 
-def bandwidth(megabytes: int = 256) -> float:
-    """Bytes a second that one thread reads."""
-    block = torch.ones(megabytes * 1_000_000 // 4)
+def bandwidth(size: int) -> float:
+    """Bytes a second that one thread reads of a block of `size` bytes, read again and again.
+
+    It is as large as what a step reads: the machine's last cache may hold part of the one as of the other.
+    """
+    block = torch.ones(size // 4)
     return 1e3 * block.nbytes / milliseconds(lambda: block.sum(), 8)
 
 
@@ -205,11 +209,11 @@ def decode_rows(cases: Cases) -> Iterator[Row]:
                 f"our own after {WRITTEN}",
                 bound=0.95,
             )
-        student, rate = make_student(), bandwidth()
+        student = make_student()
         weights = sum(p.nbytes for name, p in student.named_parameters() if "encoder.layers" not in name)
         for prompt in cases.prompts:
             keys = 2 * 3 * prompt * WIDTH * 4
-            bound = 1e3 * (weights + keys) / rate
+            bound = 1e3 * (weights + keys) / bandwidth(weights + keys)
             ours = step_time(student, prompt)
             yield compare(
                 f"decode, prompt {prompt}",

@@ -1,21 +1,30 @@
-"""Linear layers for decoding on a CPU, where each step multiplies a few rows by weights that no cache keeps.
+"""A student's modules for decoding on a CPU, where each step is a few rows, and weights that no cache keeps.
 
-What such a product costs is how its weight is read. The library's usual form, rows times transposed weight, reads one
-that is higher than wide at half the memory's speed or less; two other forms of the same product come near to it, each
-for its number of rows (benchmarks/student.py).
+What a product costs is how its weight is read. The library's usual form, rows times transposed weight, reads many
+weights at half the memory's speed or less; rows times a weight that lies transposed comes near to it for any few rows
+(benchmarks/student.py). What lies between the products costs by the number of its calls, so it is compiled loops.
 """
 
 from __future__ import annotations
 
 from typing import cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.inference.row_loops import move_matrices, normalise
+from stages.student.config import MiniCodformerConfig
 from stages.student.decoder import DecoderLayer
+from stages.student.layers import RMSNorm
 from stages.student.model import MiniCodformerForConditionalGeneration
+from stages.student.recurrences import MAX_CONDUCTANCE, MatrixRecurrence
 
-_WEIGHT_FIRST = range(2, 9)
-"""Rows for which weight times transposed rows is the fastest form."""
+_STAGGER = 16
+"""Numbers between two rows: rows a power of two apart would push each other out of the same lines of a cache."""
+
+_KEY_EPS = torch.finfo(torch.float32).eps
+"""What `rms_norm` adds where it is told nothing."""
 
 
 class FewRowsLinear(nn.Module):
@@ -26,26 +35,72 @@ class FewRowsLinear(nn.Module):
     def __init__(self, weight_VD: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight_VD
-        self.register_buffer("transposed_DV", weight_VD.detach().T.contiguous(), persistent=False)
+        transposed_DV = F.pad(weight_VD.detach().T, (0, _STAGGER))[:, : len(weight_VD)]
+        self.register_buffer("transposed_DV", transposed_DV, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        rows_ND = hidden.flatten(0, -2)
-        if len(rows_ND) in _WEIGHT_FIRST:
-            product_NV = (self.weight @ rows_ND.T).T.contiguous()
-        else:
-            product_NV = rows_ND @ self.transposed_DV
-        product: Tensor = product_NV.unflatten(0, hidden.shape[:-1])
-        return product
+        return hidden @ self.transposed_DV
+
+
+class FewRowsNorm(RMSNorm):
+    """`RMSNorm` for inference in fp32."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__(len(norm.weight), norm.eps)
+        self.weight = norm.weight
+        self._weight_D = norm.weight.detach().numpy()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        rows_ND = hidden.detach().contiguous().view(-1, len(self._weight_D)).numpy()
+        normalise(rows_ND, self._weight_D, self.eps, normed.view(rows_ND.shape).numpy())
+        return normed
+
+
+class FewRowsRecurrence(MatrixRecurrence):
+    """`MatrixRecurrence` for inference in fp32: a step is one loop over the states."""
+
+    def __init__(self, recurrence: MatrixRecurrence, config: MiniCodformerConfig) -> None:
+        super().__init__(config)
+        self.load_state_dict(recurrence.state_dict())
+        self._leak_HE = torch.sigmoid(-self.rho.detach()).view(self.heads).numpy()
+        self._bias_HE = self.conductance_bias.detach().view(self.heads).numpy()
+
+    def step(self, command_BX: Tensor, state_BHEF: Tensor) -> Tensor:
+        read_BHF = torch.empty(len(command_BX), *self.heads)
+        move_matrices(
+            command_BX.view(-1, self.copies, *self.heads).numpy(),
+            self._leak_HE,
+            self._bias_HE,
+            MAX_CONDUCTANCE,
+            self.unfolds,
+            _KEY_EPS,
+            state_BHEF.numpy(),
+            read_BHF.numpy(),
+        )
+        return read_BHF.flatten(1)
 
 
 def expect_few_rows(model: MiniCodformerForConditionalGeneration) -> None:
-    """Give the output layer, and what widens in each decoder layer, the form for a few rows.
+    """Give the output layer, and all that a decoder layer does token by token, the form for a few rows.
 
     The circuit's weights are 0 where there is no synapse, so their masks are left out for good. The model is for
     inference in fp32 on a CPU from then on.
     """
     model.set_output_embeddings(FewRowsLinear(model.output_weight()))
     for layer in cast(list[DecoderLayer], list(model.model.decoder.layers)):
-        for room, name in ((layer.mlp, "gate_up"), (layer.mixer, "inter"), (layer.mixer, "command")):
-            weight = room.get_parameter(f"{name}.weight").detach()
-            room.register_module(name, FewRowsLinear(nn.Parameter(weight.flatten(0, -2))))
+        rooms = {
+            layer.mixer: ("inter", "command", "motor", "gate"),
+            layer.cross: ("query", "out"),
+            layer.mlp: ("gate_up", "down"),
+        }
+        for room, names in rooms.items():
+            for name in names:
+                weight = room.get_parameter(f"{name}.weight").detach()
+                room.register_module(name, FewRowsLinear(nn.Parameter(weight.flatten(0, -2))))
+        if isinstance(layer.mixer.recurrence, MatrixRecurrence):
+            layer.mixer.recurrence = FewRowsRecurrence(layer.mixer.recurrence, model.config)
+    for room in list(model.model.decoder.modules()):
+        for name, norm in room.named_children():
+            if isinstance(norm, RMSNorm):
+                room.register_module(name, FewRowsNorm(norm))

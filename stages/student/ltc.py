@@ -89,6 +89,12 @@ class LiquidMixer(nn.Module):
             cache.update_recurrent_state(state_BHEF, self.layer_index)
         return self.motor_output(read_BTD, hidden_BTD)
 
+    def step(self, hidden_BD: Tensor, window_BKD: Tensor, state_BHEF: Tensor) -> Tensor:
+        """`forward` of one token behind others: the window ends with it, and the state moves on in place."""
+        convolved_BD = (window_BKD * self.conv_weight.T).sum(1)
+        command_BX: Tensor = self.command(F.silu(self.inter(F.silu(convolved_BD))))
+        return self.motor_output(self.recurrence.step(command_BX, state_BHEF), hidden_BD)
+
     def primed(self, encoder_BPD: Tensor, real_BP: Tensor | None) -> Tensor:
         """The state that this mixer would have after reading the prompt's encoding, [B, H, E, F]."""
         command_BPX = self.command_activity(_without_padding(encoder_BPD, real_BP), encoder_BPD.shape[1])

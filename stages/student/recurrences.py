@@ -45,8 +45,7 @@ def liquid_step(leak: Tensor, conductance: Tensor, elapsed: Tensor | float, unfo
 class Recurrence(nn.Module):
     """The part of a mixer between its command and its motor neurons. `copies` command neurons feed one channel.
 
-    `forward(command_BTX, real_BT, state_BHEF)` returns what is read at every token, [B, T, D] in fp32, and the last
-    state; `real` is true at tokens and false at padding.
+    A subclass says what of the command neurons enters the scan.
     """
 
     copies: int
@@ -59,6 +58,23 @@ class Recurrence(nn.Module):
         self.unfolds = config.ode_unfolds
         self.rho = nn.Parameter(torch.empty(neurons))
         self.conductance_bias = nn.Parameter(torch.empty(neurons))
+
+    def forward(self, command_BTX: Tensor, real_BT: Tensor | None, state_BHEF: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is read at every token, [B, T, D] in fp32, and the last state; `real` is false at padding."""
+        inputs = self._inputs(command_BTX, 1.0 if real_BT is None else real_BT[..., None, None].float())
+        scan = scan_naive if command_BTX.shape[1] == 1 else scan_fla if fla_serves(inputs[0]) else scan_chunked
+        output_BTHF, state_BHEF = scan(*inputs, state_BHEF)
+        return output_BTHF.flatten(-2), state_BHEF
+
+    def step(self, command_BX: Tensor, state_BHEF: Tensor) -> Tensor:
+        """`forward` of one token, [B, D], with the state moved on in place. Takes no gradient."""
+        query_BHE, key_BHE, value_BHF, log_decay_BHE = (part[:, 0] for part in self._inputs(command_BX[:, None], 1.0))
+        state_BHEF.mul_(log_decay_BHE.exp().unsqueeze(-1)).addcmul_(key_BHE.unsqueeze(-1), value_BHF.unsqueeze(-2))
+        return (query_BHE.unsqueeze(-2) @ state_BHEF).flatten(1)
+
+    def _inputs(self, command_BTX: Tensor, elapsed: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key, value and log decay of the scan, in fp32; `elapsed` is 0 at padding."""
+        raise NotImplementedError
 
     def initialize(self) -> None:
         """Spread the time constants evenly in log tau.
@@ -89,12 +105,10 @@ class MatrixRecurrence(Recurrence):
         super().__init__(config, config.hidden_size)
         self.state_shape = (*self.heads, config.head_size)
 
-    def forward(self, command_BTX: Tensor, real_BT: Tensor | None, state_BHEF: Tensor | None) -> tuple[Tensor, Tensor]:
-        query, key, value, gate = (part.unflatten(-1, self.heads).float() for part in command_BTX.chunk(4, -1))
-        log_decay, written = liquid_step(*self._rates(gate), _elapsed(real_BT), self.unfolds)
-        inputs = F.silu(query), written * F.rms_norm(key, self.heads[1:]), value, log_decay
-        output_BTHF, state_BHEF = _scan(*inputs, state_BHEF)
-        return output_BTHF.flatten(-2), state_BHEF
+    def _inputs(self, command_BTX: Tensor, elapsed: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        query, key, value, gate = command_BTX.float().unflatten(-1, (4, *self.heads)).unbind(2)
+        log_decay, written = liquid_step(*self._rates(gate), elapsed, self.unfolds)
+        return F.silu(query), written * F.rms_norm(key, self.heads[1:]), value, log_decay
 
 
 class VectorRecurrence(Recurrence):
@@ -106,11 +120,10 @@ class VectorRecurrence(Recurrence):
         super().__init__(config, config.hidden_size)
         self.state_shape = (config.hidden_size, 1, 1)
 
-    def forward(self, command_BTX: Tensor, real_BT: Tensor | None, state_BHEF: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inputs(self, command_BTX: Tensor, elapsed: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         target, gate = (part[..., None].float() for part in command_BTX.chunk(2, -1))
-        log_decay, written = liquid_step(*self._rates(gate), _elapsed(real_BT), self.unfolds)
-        output_BTHF, state_BHEF = _scan(torch.ones_like(written), written, target, log_decay, state_BHEF)
-        return output_BTHF.flatten(-2), state_BHEF
+        log_decay, written = liquid_step(*self._rates(gate), elapsed, self.unfolds)
+        return torch.ones_like(written), written, target, log_decay
 
 
 class DeltaRecurrence(Recurrence):
@@ -141,6 +154,11 @@ class DeltaRecurrence(Recurrence):
         output_BTHF, state_BHEF = scan(*inputs, state_BHEF)
         return output_BTHF.flatten(-2), state_BHEF
 
+    def step(self, command_BX: Tensor, state_BHEF: Tensor) -> Tensor:
+        read_B1D, moved_BHEF = self.forward(command_BX[:, None], None, state_BHEF)
+        state_BHEF.copy_(moved_BHEF)
+        return read_B1D[:, 0]
+
 
 RECURRENCES: dict[str, Callable[[MiniCodformerConfig], Recurrence]] = {
     "matrix": MatrixRecurrence,
@@ -148,15 +166,3 @@ RECURRENCES: dict[str, Callable[[MiniCodformerConfig], Recurrence]] = {
     "delta": DeltaRecurrence,
 }
 assert tuple(RECURRENCES) == shape.RECURRENCES
-
-
-def _elapsed(real_BT: Tensor | None) -> Tensor | float:
-    return 1.0 if real_BT is None else real_BT[..., None, None].float()
-
-
-def _scan(
-    query_BTHE: Tensor, key_BTHE: Tensor, value_BTHF: Tensor, log_decay_BTHE: Tensor, state_BHEF: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The fastest scan for the tensors at hand."""
-    scan = scan_naive if query_BTHE.shape[1] == 1 else scan_fla if fla_serves(query_BTHE) else scan_chunked
-    return scan(query_BTHE, key_BTHE, value_BTHF, log_decay_BTHE, state_BHEF)

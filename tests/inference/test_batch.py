@@ -10,12 +10,15 @@ import torch
 from transformers import GenerationConfig
 
 from stages.inference.batch import DecodeBatch
-from stages.inference.few_rows import FewRowsLinear, expect_few_rows
+from stages.inference.few_rows import FewRowsLinear, FewRowsNorm, FewRowsRecurrence, expect_few_rows
 from stages.inference.generate import Student
 from stages.inference.prompts import PromptCache
 from stages.inference.sampling import Sampling, candidates
 from stages.inference.stepping import advance, encode, fresh
+from stages.student.config import MiniCodformerConfig
+from stages.student.layers import RMSNorm
 from stages.student.model import build_student
+from stages.student.recurrences import MatrixRecurrence
 from stages.student.shape import StudentShape
 
 
@@ -141,8 +144,37 @@ def test_a_model_made_for_few_rows_computes_what_it_did(wiring: str) -> None:
         expected = model(ids, decoder_input_ids=ids).logits
         expect_few_rows(model)
         torch.testing.assert_close(model(ids, decoder_input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
-    plain = {type(layer).__name__ for name, layer in model.model.decoder.named_modules() if name.endswith("command")}
-    assert plain == {"FewRowsLinear"}
+    kinds = {type(module).__name__ for layer in model.model.decoder.layers for module in layer.modules()}
+    assert kinds >= {"FewRowsLinear", "FewRowsNorm", "FewRowsRecurrence"}
+    assert "RMSNorm" not in kinds
+
+
+@pytest.mark.parametrize("unfolds", [6, 1, 0])
+def test_a_loop_moves_the_matrices_as_the_scan_does(unfolds: int) -> None:
+    """Against `forward` over the whole sequence: what is read at every token, and the state in the end."""
+    config = MiniCodformerConfig(vocab_size=9, hidden_size=32, num_attention_heads=2, ode_unfolds=unfolds)
+    plain = MatrixRecurrence(config)
+    plain.initialize()
+    generator = torch.Generator().manual_seed(unfolds)
+    command = 3 * torch.randn(3, 40, 4 * 32, generator=generator)
+    state = torch.randn(3, *plain.state_shape, generator=generator)
+    with torch.inference_mode():
+        expected, last = plain(command, None, state)
+        fast = FewRowsRecurrence(plain, config)
+        read = torch.stack([fast.step(command[:, step].contiguous(), state) for step in range(40)], 1)
+    torch.testing.assert_close(read, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (5, 24), (3, 2, 1, 24)])
+def test_the_norm_for_few_rows_is_the_plain_one(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = RMSNorm(24, 0.3)
+    torch.nn.init.normal_(plain.weight, generator=generator)
+    hidden = torch.randn(shape, generator=generator)
+    torch.testing.assert_close(FewRowsNorm(plain)(hidden), plain(hidden).detach())
+    scattered = torch.randn(24, *shape[:-1], generator=generator).movedim(0, -1)
+    torch.testing.assert_close(FewRowsNorm(plain)(scattered), plain(scattered).detach())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 33])
