@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK = 16
+SEGMENT = 1024
+"""Positions whose temporaries an allocator keeps for the next segment. Those of a long sequence are so large that it
+hands them back, and having the system map them anew cost over a third of the time at 8192."""
 
 
 def _into_chunks(tensor_BTHX: Tensor) -> Tensor:
@@ -143,5 +146,9 @@ def scan_chunked(
         state_BHEF = query_BTHE.new_zeros(batch, heads, key_size, value_BTHF.shape[-1])
     filled = (0, 0, 0, 0, 0, -steps % CHUNK)
     sequences = (query_BTHE, key_BTHE, value_BTHF, log_decay_BTHE)
-    output_BTHF, state_BHEF = _ChunkedScan.apply(*(F.pad(tensor, filled) for tensor in sequences), state_BHEF)
-    return output_BTHF[:, :steps], state_BHEF
+    outputs = []
+    for segment in zip(*(F.pad(tensor, filled).split(SEGMENT, 1) for tensor in sequences), strict=True):
+        output_BTHF, state_BHEF = _ChunkedScan.apply(*segment, state_BHEF)
+        outputs.append(output_BTHF)
+    whole_BTHF = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    return whole_BTHF[:, :steps], state_BHEF

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages.student.scan_chunked import scan_chunked
+from stages.student.scan_chunked import SEGMENT, scan_chunked
 from stages.student.scan_naive import scan_naive
 
 
@@ -41,6 +41,15 @@ def test_O3_chunked_equals_naive_for_any_length(steps, with_state, seed):
         run_with_gradients(scan_chunked, inputs), run_with_gradients(scan_naive, inputs), strict=True
     ):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_O3_a_sequence_of_several_segments_is_one_scan():
+    inputs = list(draw(2 * SEGMENT + 37, heads=1, keys=2, values=1))
+    inputs[3] = inputs[3] * 1e-3  # what enters a segment reaches its end
+    for mine, expected in zip(
+        run_with_gradients(scan_chunked, inputs), run_with_gradients(scan_naive, inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_O3_gradcheck_across_a_chunk_border():
