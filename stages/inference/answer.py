@@ -23,6 +23,8 @@ class TokenLogprob:
     token_id: int
     text: str
     logprob: float
+    offset: int
+    """Where in the answer's text it begins; of a token that goes on with a character, where that character does."""
     top: tuple[TokenLogprob, ...] = ()
     """The most probable tokens by falling probability; the chosen one may be among them."""
 
@@ -70,18 +72,18 @@ class Answer:
 
     def push(self, token_id: int, chosen: Candidate | None = None, top: Sequence[Candidate] = ()) -> Piece:
         """Take the next token."""
-        before = len(self.token_ids)
+        before, offset = len(self.token_ids), self._transcript.characters
         text = self._transcript.push(token_id)
         written = self.token_ids[before:]
         if self.finish_reason is None and len(self.token_ids) == self.sampling.max_new_tokens:
             text += self._transcript.close("length")
         tokens: tuple[TokenLogprob, ...] = ()
         if chosen is not None and written:
-            alternatives = tuple(self._token(candidate) for candidate in top)
-            tokens = (self._token(chosen, alternatives),)
+            alternatives = tuple(self._token(candidate, offset) for candidate in top)
+            tokens = (self._token(chosen, offset, alternatives),)
             self.logprobs += tokens
         return Piece(text=text, tokens=tokens, finish_reason=self.finish_reason)
 
-    def _token(self, candidate: Candidate, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    def _token(self, candidate: Candidate, offset: int, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
         text = self._decode([candidate.token_id])
-        return TokenLogprob(token_id=candidate.token_id, text=text, logprob=candidate.logprob, top=top)
+        return TokenLogprob(token_id=candidate.token_id, text=text, logprob=candidate.logprob, offset=offset, top=top)

@@ -20,11 +20,16 @@ class Transcript:
         self._end_token_id = end_token_id
         self._stop = tuple(stop)
         self._context, self._read = 0, 0  # ids before `_read` are text already; those from `_context` set the spacing
-        self._held = ""
+        self._held, self._pending = "", 0
         self.token_ids: list[int] = []
         """Without the end token."""
         self.text = ""
         self.finish_reason: FinishReason | None = None
+
+    @property
+    def characters(self) -> int:
+        """Whole characters written so far, released or not: where the text of the next token begins."""
+        return len(self.text) + len(self._held) + self._pending
 
     def push(self, token_id: int) -> str:
         """Take the next token and return the text that is certain now."""
@@ -48,7 +53,9 @@ class Transcript:
         before = self._decode(self.token_ids[self._context : self._read])
         now = self._decode(self.token_ids[self._context :])
         if now.endswith(_UNFINISHED) and not whole:
+            self._pending = max(0, len(now.rstrip(_UNFINISHED)) - len(before))
             return ""
+        self._pending = 0
         self._context, self._read = self._read, len(self.token_ids)
         return now[len(before) :]
 

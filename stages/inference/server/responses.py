@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from pydantic import BaseModel
@@ -168,14 +168,13 @@ class CompletionForm:
     """Answers as completions."""
 
     heading: Heading
-    _offsets: dict[int, int] = field(default_factory=dict)
 
     def whole(self, answers: Sequence[Answer], spent: Usage) -> BaseModel:
         choices = [
             CompletionChoice(
                 index=index,
                 text=answer.text,
-                logprobs=None if answer.sampling.logprobs is None else self._logprobs(index, answer.logprobs),
+                logprobs=None if answer.sampling.logprobs is None else _completion_logprobs(answer.logprobs),
                 finish_reason=_ended(answer),
             )
             for index, answer in enumerate(answers)
@@ -186,25 +185,12 @@ class CompletionForm:
         return None
 
     def chunk(self, index: int, piece: Piece) -> BaseModel:
-        logprobs = self._logprobs(index, piece.tokens) if piece.tokens else None
+        logprobs = _completion_logprobs(piece.tokens) if piece.tokens else None
         choice = CompletionChoice(index=index, text=piece.text, logprobs=logprobs, finish_reason=piece.finish_reason)
         return Completion(**self.heading, choices=[choice])
 
     def closing(self, spent: Usage) -> BaseModel:
         return Completion(**self.heading, choices=[], usage=spent)
-
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> CompletionLogprobs:
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(token.text)
-        has_top = any(token.top for token in tokens)
-        return CompletionLogprobs(
-            tokens=[token.text for token in tokens],
-            token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[{t.text: t.logprob for t in reversed(token.top)} for token in tokens] if has_top else None,
-            text_offset=offsets,
-        )
 
 
 Form = ChatForm | CompletionForm
@@ -231,6 +217,16 @@ def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
             )
             for token in tokens
         ]
+    )
+
+
+def _completion_logprobs(tokens: Sequence[TokenLogprob]) -> CompletionLogprobs:
+    has_top = any(token.top for token in tokens)
+    return CompletionLogprobs(
+        tokens=[token.text for token in tokens],
+        token_logprobs=[token.logprob for token in tokens],
+        top_logprobs=[{t.text: t.logprob for t in reversed(token.top)} for token in tokens] if has_top else None,
+        text_offset=[token.offset for token in tokens],
     )
 
 

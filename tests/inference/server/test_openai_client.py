@@ -167,6 +167,19 @@ def test_log_probabilities_of_a_completion(client: openai.OpenAI) -> None:
     assert bare.choices[0].logprobs.top_logprobs is None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_of_a_completion_point_into_its_text_where_characters_take_several_tokens(
+    client: openai.OpenAI, stream: bool
+) -> None:
+    """A token of the test's tokenizer is a byte, so the truth is told by the text's own bytes."""
+    told = client.completions.create(model=MODEL, prompt="讲", temperature=0, max_tokens=40, logprobs=0, stream=stream)
+    choices = [choice for part in (told if stream else [told]) for choice in part.choices]
+    offsets = [at for choice in choices if choice.logprobs for at in choice.logprobs.text_offset or []]
+    text = "".join(choice.text for choice in choices)
+    assert len(text.encode()) > len(text)
+    assert offsets == [at for at, character in enumerate(text) for _ in character.encode()]
+
+
 @pytest.mark.parametrize(
     ("options", "param"),
     [
