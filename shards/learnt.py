@@ -6,16 +6,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from shards.contract import Contract
+from shards.manifest import CONTRACT_NAME, TABLES_NAME, read_contract, require_tables
 from shards.planes.calibration import learn_tables
 from shards.planes.codec import VERSIONS
 from shards.planes.tables import MAX_BYTES, fingerprint
 from shards.record import Record
+from shards.shard import ShardReader
 from shards.storage import Storage
+from shards.units import describe, published_units
 from shards.validation import require_valid
-
-TABLES_NAME = "codec.tables"
-"""Beside contract.json, for writers that come later; readers take what stands in each shard."""
-
 
 EXAMPLES = 256
 """Records that tables are learnt from: enough for the frequent ids of all classes."""
@@ -33,16 +32,33 @@ def with_tables(
 ) -> tuple[Contract, bytes | None]:
     """The contract with the tables that its codec needs, and those tables: learnt from `examples` by the first to come.
 
-    Raises InvalidRecord for an example that could not be written, StorageFailed.
+    Where the file of a set that was begun is gone, it is taken from a shard. Raises InvalidRecord for an example that
+    could not be written, Corrupt where the file is not the one that the set was begun with, StorageFailed.
     """
     contract = dataclasses.replace(contract, tables=None)
     if contract.codec not in VERSIONS:
         return contract, None
+    begun = read_contract(storage) if storage.size(CONTRACT_NAME) is not None else None
     if storage.size(TABLES_NAME) is None:
-        records = examples()
-        for record in records:
-            require_valid(record, contract)
         storage.prepare()
-        storage.publish(TABLES_NAME, learn_tables(records, contract, budget=budget))
+        storage.publish(TABLES_NAME, _written(storage, begun) or _learnt(examples(), contract, budget))
+    if begun is not None and begun.tables is not None:
+        require_tables(storage, begun)
     tables = storage.read(TABLES_NAME, most=MAX_BYTES)
     return dataclasses.replace(contract, tables=fingerprint(tables)), tables
+
+
+def _learnt(records: Sequence[Record], contract: Contract, budget: int) -> bytes:
+    for record in records:
+        require_valid(record, contract)
+    return learn_tables(records, contract, budget=budget)
+
+
+def _written(storage: Storage, begun: Contract | None) -> bytes | None:
+    """The tables in the first shard of a set that was begun; None where it has none."""
+    if begun is not None and begun.tables is not None:
+        for name in published_units(storage).values():
+            info = describe(storage, name, begun).info
+            with ShardReader.open(storage.local(name, sha256=info.sha256, size=info.bytes)) as shard:
+                return shard.tables
+    return None

@@ -33,12 +33,22 @@ __all__ = [
 ]
 
 CONTRACT_NAME, MANIFEST_NAME, TEACHER_FOLDER = "contract.json", "manifest.json", "teacher"
+TABLES_NAME = "codec.tables"
+"""What the codec learnt, for writers that come later; readers take what stands in each shard."""
 HEAD_PCA_FILE, HEAD_PCA_TENSOR = "head_pca.safetensors", "components_VW"
 """In the teacher's folder: its head in its W first principal directions, [V, W] fp16."""
 FIDELITY_FILE = "fidelity.json"
 """In the teacher's folder: what the cache loses, measured while it was made."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TEACHER_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TablesInfo:
+    """The file of the codec's tables as the manifest lists it; `sha256` is that of the contract."""
+
+    name: str
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +64,8 @@ class Manifest:
     """Its name in the set."""
     columns: ColumnsInfo | None = None
     """The plain columns of all shards in one file; sets of the first format have none."""
+    tables: TablesInfo | None = None
+    """The codec's tables beside the shards; None where the set was sealed without that file."""
 
     def totals(self) -> dict[str, int]:
         """Shards, records, positions and bytes of the set."""
@@ -106,6 +118,7 @@ def seal(
         teacher_files=_teacher_files(storage, teacher_folder),
         teacher_folder=teacher_folder,
         columns=publish_columns(storage, (shard.columns for shard in published)),
+        tables=_tables(storage, contract),
     )
     if not storage.publish(MANIFEST_NAME, sealed(_document(manifest))):
         standing = read_manifest(storage)
@@ -143,6 +156,7 @@ def read_manifest(location: Location) -> Manifest:
             teacher_files=dict(document["teacher_files"]),
             teacher_folder=require_name(document.get("teacher_folder", TEACHER_FOLDER)),
             columns=ColumnsInfo(**document["columns"]) if "columns" in document else None,
+            tables=TablesInfo(**document["tables"]) if "tables" in document else None,
         )
         for shard in manifest.shards:
             require_name(shard.name)
@@ -150,6 +164,8 @@ def read_manifest(location: Location) -> Manifest:
                 raise ValueError(f"{shard.name} is empty")
         for name in manifest.teacher_files:
             require_name(name, _TEACHER_FILE)
+        if manifest.tables not in (None, _tables_of(contract)):
+            raise ValueError("its tables are not those of its contract")
         _require_digests(manifest)
         if _document(manifest) != document:
             raise ValueError("its totals contradict its shards")
@@ -189,6 +205,26 @@ def _teacher_files(storage: Storage, folder: str) -> dict[str, str]:
     }
 
 
+def require_tables(storage: Storage, contract: Contract) -> None:
+    """Compare codec.tables with the hash in the contract. Raises Corrupt, or Incomplete where it is not there."""
+    if storage.sha256(TABLES_NAME) != contract.tables:
+        raise Corrupt(
+            f"{storage.where(TABLES_NAME)} differs from what {CONTRACT_NAME} says of it",
+            hint="verify-shards --quarantine sets it aside; stage one, run again, takes it from the shards",
+        )
+
+
+def _tables_of(contract: Contract) -> TablesInfo | None:
+    return None if contract.tables is None else TablesInfo(name=TABLES_NAME, sha256=contract.tables)
+
+
+def _tables(storage: Storage, contract: Contract) -> TablesInfo | None:
+    if contract.tables is None or storage.size(TABLES_NAME) is None:
+        return None
+    require_tables(storage, contract)
+    return _tables_of(contract)
+
+
 def _digest_of(files: Mapping[str, bytes]) -> str:
     digest = hashlib.sha256()
     for name, data in sorted(files.items()):
@@ -205,6 +241,7 @@ def _document(manifest: Manifest) -> dict[str, Any]:
         "totals": manifest.totals(),
         **({} if manifest.teacher_folder == TEACHER_FOLDER else {"teacher_folder": manifest.teacher_folder}),
         **({} if manifest.columns is None else {"columns": asdict(manifest.columns)}),
+        **({} if manifest.tables is None else {"tables": asdict(manifest.tables)}),
     }
 
 

@@ -14,7 +14,16 @@ from dataclasses import dataclass, replace
 
 from shards.contract import Contract
 from shards.errors import ContractMismatch
-from shards.manifest import FIDELITY_FILE, Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
+from shards.manifest import (
+    FIDELITY_FILE,
+    TABLES_NAME,
+    Manifest,
+    begin,
+    is_sealed,
+    publish_teacher_files,
+    read_manifest,
+    seal,
+)
 from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
 from shards.shard import ShardReader
@@ -83,6 +92,8 @@ def _make(
     if is_sealed(storage):
         return read_manifest(storage)
     tables = units[0].source.open(units[0].info).tables
+    if tables is not None:
+        storage.publish(TABLES_NAME, tables)
     done, total = 0, sum(unit.info.records for unit in units)
     there, infos = published_units(storage), list[ShardInfo]()
     for unit in units:

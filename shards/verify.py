@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from shards.errors import Corrupt, ShardError, Truncated
-from shards.manifest import CONTRACT_NAME, MANIFEST_NAME, read_contract
+from shards.manifest import CONTRACT_NAME, MANIFEST_NAME, TABLES_NAME, read_contract, require_tables
 from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
 from shards.storage import Location, storage_at
@@ -111,6 +111,9 @@ def damage_of(check: Callable[[], None]) -> str | None:
 def _checks(shards: ShardSet) -> Iterator[_Check]:
     manifest = shards.manifest
     yield _Check(CONTRACT_NAME, 0, partial(_check_contract, shards))
+    # Sets sealed before manifests named their tables may have the file all the same.
+    if manifest.tables is not None or (shards.contract.tables and shards.storage.size(TABLES_NAME) is not None):
+        yield _Check(TABLES_NAME, 0, partial(require_tables, shards.storage, shards.contract))
     if manifest.columns is not None:
         yield _Check(manifest.columns.name, 0, shards.verify_columns)
     for name in manifest.teacher_files:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -21,8 +20,6 @@ from shards.contract import SELECTIONS, Selection
 from shards.errors import ContractMismatch, Incomplete, InvalidRecord, StorageFailed
 from shards.manifest import is_sealed, read_manifest
 from shards.reader import ShardSet
-from shards.shard import ShardReader
-from shards.verify import quarantine, verify_shards
 from stages.errors import StageError
 from stages.events import Event, Progress
 from stages.teacher_cache import cache as cache_module
@@ -127,46 +124,6 @@ def test_a_resumed_run_captures_only_what_is_missing(tmp_path: Path, recorded: M
     recorded.fill(tmp_path, teacher, engines=engines)
     assert [int(name, 16) for name in engines[1].captured] == [4, 5, 6, 7, 8]
     assert all(engine.closed for engine in engines)
-
-
-def test_what_verification_sets_aside_is_remade_and_nothing_else(
-    tmp_path: Path, recorded: ModuleType, teacher: Path, undisturbed: dict[str, bytes]
-) -> None:
-    recorded.fill(tmp_path, teacher)
-    for name in ("train-00001.arrow", "teacher/head_pca.safetensors"):
-        data = bytearray((tmp_path / name).read_bytes())
-        data[len(data) // 2] ^= 1
-        (tmp_path / name).write_bytes(data)
-    report = verify_shards(tmp_path)
-    assert list(report.damage) == ["teacher/head_pca.safetensors", "train-00001.arrow"]
-    quarantine(tmp_path, report)
-    engines: list = []
-    recorded.fill(tmp_path, teacher, engines=engines)
-    assert [int(name, 16) for name in engines[0].captured] == [4, 5, 6]
-    shutil.rmtree(tmp_path / "quarantine")
-    assert contents(tmp_path) == undisturbed
-
-
-def test_a_set_goes_on_with_the_codec_and_the_tables_that_it_was_begun_with(
-    tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    new, old = tmp_path / "new", tmp_path / "old"
-    assert recorded.fill(new, teacher).contract.codec == "planes/3"
-    tables = (new / "codec.tables").read_bytes()
-    (new / "manifest.json").unlink()
-    (new / "train-00001.arrow").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr("shards.learnt.learn_tables", lambda *_, **__: pytest.fail("they were learnt before"))
-        recorded.fill(new, teacher)
-    with ShardReader.open(new / "train-00001.arrow") as shard:
-        assert shard.tables == tables
-
-    with monkeypatch.context() as patch:
-        patch.setattr("stages.teacher_cache.cache.codec_of", lambda _: "topk-planes/1")
-        recorded.fill(old, teacher)
-    (old / "manifest.json").unlink()
-    (old / "train-00001.arrow").unlink()
-    assert recorded.fill(old, teacher).contract.codec == "topk-planes/1"
 
 
 def test_a_whole_set_starts_no_engine(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:

@@ -1,0 +1,116 @@
+"""What is damaged or gone is set aside and made again, and nothing else is. The teacher is a recorded one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from shards.errors import Corrupt
+from shards.manifest import read_manifest
+from shards.shard import ShardReader
+from shards.verify import quarantine, verify_shards
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, recorded: ModuleType, recorded_teacher: Path
+) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recorded.fill(folder, recorded_teacher)
+    return contents(folder)
+
+
+@pytest.fixture
+def teacher(recorded_teacher: Path) -> Path:
+    return recorded_teacher
+
+
+def test_what_verification_sets_aside_is_remade_and_nothing_else(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, undisturbed: dict[str, bytes]
+) -> None:
+    recorded.fill(tmp_path, teacher)
+    for name in ("train-00001.arrow", "teacher/head_pca.safetensors"):
+        data = bytearray((tmp_path / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (tmp_path / name).write_bytes(data)
+    report = verify_shards(tmp_path)
+    assert list(report.damage) == ["teacher/head_pca.safetensors", "train-00001.arrow"]
+    quarantine(tmp_path, report)
+    engines: list = []
+    recorded.fill(tmp_path, teacher, engines=engines)
+    assert [int(name, 16) for name in engines[0].captured] == [4, 5, 6]
+    shutil.rmtree(tmp_path / "quarantine")
+    assert contents(tmp_path) == undisturbed
+
+
+def test_a_set_goes_on_with_the_codec_and_the_tables_that_it_was_begun_with(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    assert recorded.fill(new, teacher).contract.codec == "planes/3"
+    tables = (new / "codec.tables").read_bytes()
+    (new / "manifest.json").unlink()
+    (new / "train-00001.arrow").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("shards.learnt.learn_tables", lambda *_, **__: pytest.fail("they were learnt before"))
+        recorded.fill(new, teacher)
+    with ShardReader.open(new / "train-00001.arrow") as shard:
+        assert shard.tables == tables
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.teacher_cache.cache.codec_of", lambda _: "topk-planes/1")
+        recorded.fill(old, teacher)
+    (old / "manifest.json").unlink()
+    (old / "train-00001.arrow").unlink()
+    assert recorded.fill(old, teacher).contract.codec == "topk-planes/1"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["flipped", "gone"])
+def test_damaged_tables_are_named_and_come_back_from_the_shards(
+    tmp_path: Path,
+    recorded: ModuleType,
+    teacher: Path,
+    undisturbed: dict[str, bytes],
+    damage: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded.fill(tmp_path, teacher)
+    named = read_manifest(tmp_path).tables
+    assert named is not None
+    assert (named.name, named.sha256) == ("codec.tables", read_manifest(tmp_path).contract.tables)
+    damage(tmp_path / "codec.tables")
+    report = verify_shards(tmp_path)
+    assert list(report.damage) == ["codec.tables"]
+    quarantine(tmp_path, report)
+    monkeypatch.setattr("shards.learnt.learn_tables", lambda *_, **__: pytest.fail("a shard holds them"))
+    engines: list = []
+    recorded.fill(tmp_path, teacher, engines=engines)
+    assert engines[0].captured == []
+    shutil.rmtree(tmp_path / "quarantine", ignore_errors=True)
+    assert contents(tmp_path) == undisturbed
+
+
+def test_damaged_tables_stop_a_run_that_would_write_with_them(
+    tmp_path: Path, recorded: ModuleType, teacher: Path
+) -> None:
+    recorded.fill(tmp_path, teacher)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "train-00001.arrow").unlink()
+    flip(tmp_path / "codec.tables")
+    with pytest.raises(Corrupt, match="differs from what contract"):
+        recorded.fill(tmp_path, teacher)
+    assert not (tmp_path / "train-00001.arrow").exists()
