@@ -2,7 +2,7 @@
 
 - Nothing is compiled, nor the compiler imported, before a loop first runs.
 - What was compiled is kept beside its source, or in the user's cache where that cannot be written; where neither can,
-  each process compiles anew.
+  where the disk is full, or where what is kept is torn, each process compiles anew.
 - Loops let other threads run.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import update_wrapper
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -26,7 +27,11 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if not ready:
             ready.append(_compile(function, keep=_stamp(source) == loaded))
-        return ready[0](*args, **kwargs)
+        try:
+            return ready[0](*args, **kwargs)
+        except (OSError, EOFError, UnpicklingError):  # of the cache, before the loop ran: it opens no file itself
+            ready[:] = [_compile(function, keep=False)]
+            return ready[0](*args, **kwargs)
 
     return update_wrapper(run, function)
 
