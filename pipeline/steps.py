@@ -51,9 +51,11 @@ def prepare(recipe: Recipe, run: RunFolder) -> PrepareReport:
         )
 
 
-def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Mapping[str, Any]:
-    """Stage one: run the teacher over data/processed into the run's shards; what is there already is kept."""
+def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: str | None = None) -> Mapping[str, Any]:
+    """Stage one: run the teacher over data/processed into the run's shards or a set elsewhere; what is there stays."""
     from pipeline.replicas import replicas
+    from shards.storage import storage_at
+    from shards.units import published_positions
     from stages.teacher_cache.cache import fill_cache
     from stages.teacher_cache.measure import read_fidelity
     from stages.teacher_cache.teacher import tensor_parallel_sizes
@@ -62,7 +64,8 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Mappin
         recipe = run.adopt(recipe)
         corpus = _corpus_to_cache(recipe, run)
         teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)
-        before, start = _published_positions(run.shards), time.monotonic()
+        storage = storage_at(place_of(run, shards))
+        before, start = published_positions(storage), time.monotonic()
         sizes = tensor_parallel_sizes(teacher, _MOST_DEVICES)
         with replicas(gpus, recipe.teacher.tensor_parallel, launch.machine(), sizes) as spread:
             manifest = fill_cache(
@@ -70,15 +73,15 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Mappin
                 teacher=recipe.teacher,
                 cache=recipe.cache,
                 teacher_folder=teacher,
-                folder=run.shards,
+                target=storage,
                 emit=emit,
                 spread=spread,
             )
         captured = manifest.totals()["positions"] - before
         if captured or "teacher_cache" not in run.summary():
             seconds = round(time.monotonic() - start, 1)
-            facts = {**manifest.totals(), "captured": captured, "seconds": seconds}
-            run.report("teacher_cache", {**facts, "fidelity": read_fidelity(run.shards)})
+            facts = {**manifest.totals(), "captured": captured, "seconds": seconds, "where": storage.where()}
+            run.report("teacher_cache", {**facts, "fidelity": read_fidelity(storage)})
         return dict(run.summary()["teacher_cache"])
 
 
@@ -96,7 +99,14 @@ def _corpus_to_cache(recipe: Recipe, run: RunFolder) -> Corpus:
     return read_corpus(run.responses)
 
 
-def plan_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Iterator[Check]:
+def place_of(run: RunFolder, shards: str | None) -> Path | str:
+    """Where stage one writes: the run's shards, or the folder or URL that was named."""
+    if shards is None:
+        return run.shards
+    return shards if "://" in shards else Path(shards)
+
+
+def plan_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: str | None = None) -> Iterator[Check]:
     """What stage one would do and need, without a change to the run; the teacher is fetched for it, but not loaded.
 
     Raises UsageError where the devices asked for cannot work.
@@ -114,20 +124,9 @@ def plan_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None) -> Iterator[
         teacher=recipe.teacher,
         cache=recipe.cache,
         teacher_folder=teacher,
-        folder=run.shards,
+        target=place_of(run, shards),
         devices=planned(gpus, recipe.teacher.tensor_parallel, launch.machine(), sizes),
     )
-
-
-def _published_positions(shards: Path) -> int:
-    """What an earlier start has left, so that a rate counts only what this one captures."""
-    from shards.reader import ShardReader
-
-    total = 0
-    for path in shards.glob("*.arrow"):
-        with ShardReader.open(path) as shard:
-            total += int(shard.numbers("positions").sum())
-    return total
 
 
 def distill(

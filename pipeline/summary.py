@@ -35,7 +35,7 @@ def cache_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
         f"stage one  {facts['captured']:,} positions in {facts['seconds']:.0f} s: "
         f"{facts['captured'] / facts['seconds']:,.0f} response tokens/s, loading the teacher included",
         *_fidelity_lines(facts.get("fidelity") or {}),
-        f"           {run.shards}",
+        f"           {facts.get('where', run.shards)}",
     ]
 
 

@@ -98,6 +98,19 @@ def published_units(storage: Storage) -> dict[str, str]:
     return units
 
 
+def published_positions(storage: Storage) -> int:
+    """Predicted positions of the units that are there. Raises what reading a damaged one raises."""
+    total = 0
+    for name in published_units(storage).values():
+        if storage.exclusive:
+            with ShardReader.open(storage.local(name, sha256="", size=0)) as shard:
+                total += int(shard.numbers("positions").sum(dtype="int64"))
+        else:
+            document = read_sealed(storage, f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json", hint=RESTORE_FILE)
+            total += int(document["shard"]["positions"])
+    return total
+
+
 def describe(storage: Storage, name: str, contract: Contract, *, sha256: str | None = None) -> Published:
     """A published shard. Where its hash is not given, every byte of it is checked and the hash is taken.
 

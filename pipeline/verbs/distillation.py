@@ -64,12 +64,17 @@ def teacher_cache(
             help="Have responses written first; the same as respond.by.",
         ),
     ] = None,
+    shards: Annotated[
+        str | None, typer.Option("--shards", help="The folder or URL of the set to make. [default: the run's own]")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it needs; run nothing.")] = False,
 ) -> None:
     """Stage one: the teacher, once, into shards.
 
     Stopped and started again, it goes on with the shards that are not there yet. Several copies of the teacher work at
     once where there are devices for them, on this machine or, with RAY_ADDRESS set, on a Ray cluster.
+
+    The set may lie in an object store: --shards s3://bucket/name, and the same for distill.
     """
     from pipeline import steps
     from pipeline.summary import cache_lines
@@ -78,9 +83,9 @@ def teacher_cache(
     author = [] if respond is None else [f"respond.by={json.dumps(respond, ensure_ascii=False)}"]
     chosen, run = chosen_run(recipe, name, data, [*(overrides or []), *split, *author])
     if dry_run:
-        print_checks(steps.plan_cache(chosen, run, gpus=gpus))
+        print_checks(steps.plan_cache(chosen, run, gpus=gpus, shards=shards))
         return
-    print_lines(cache_lines(steps.teacher_cache(chosen, run, gpus=gpus), run))
+    print_lines(cache_lines(steps.teacher_cache(chosen, run, gpus=gpus, shards=shards), run))
 
 
 def distill(

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import update_wrapper
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -29,7 +28,7 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
             ready.append(_compile(function, keep=_stamp(source) == loaded))
         try:
             return ready[0](*args, **kwargs)
-        except (OSError, EOFError, UnpicklingError):  # of the cache, before the loop ran: it opens no file itself
+        except Exception:  # of the cache, before the loop ran; one of the loop's own is raised a second time
             ready[:] = [_compile(function, keep=False)]
             return ready[0](*args, **kwargs)
 

@@ -24,17 +24,17 @@ import numpy as np
 from shards.contract import Contract, Selection
 from shards.errors import InvalidRecord
 from shards.learnt import EXAMPLES, tables_budget, with_tables
-from shards.manifest import Manifest, begin, is_sealed, read_manifest, seal
+from shards.manifest import Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
 from shards.planes.codec import Planes3
 from shards.record import Record
-from shards.storage import LocalStorage
+from shards.storage import Location, storage_at
 from shards.units import ShardInfo, describe, published_units
 from shards.validation import require_valid
 from shards.writer import write_shard
 from stages.corpus.fingerprint import sha256_of
 from stages.corpus.tokenizer import ChatTokenizer
 from stages.errors import StageError
-from stages.teacher_cache.teacher import publish_teacher, read_facts, weights_fingerprint
+from stages.teacher_cache.teacher import read_facts, teacher_files, weights_fingerprint
 
 SPLITS = ("train", "dev")
 RECORDS_PER_SHARD = 512
@@ -43,7 +43,7 @@ ENGINE = "vllm prompt_logprobs dump"
 
 def import_dump(
     dump: Path,
-    target: Path,
+    target: Location,
     *,
     teacher: str,
     teacher_folder: Path,
@@ -72,7 +72,7 @@ def import_dump(
         engine=ENGINE,
         dtype="unknown",
     )
-    storage = LocalStorage(target)
+    storage = storage_at(target)
     examples = [record for _, record, _ in islice(read_dump(dump, contract), EXAMPLES)]
     budget = tables_budget(RECORDS_PER_SHARD * max(1, int(np.mean([record.positions for record in examples]))))
     contract, tables = with_tables(storage, contract, lambda: examples, budget=budget)
@@ -87,8 +87,8 @@ def import_dump(
             infos.append(write_shard(storage, unit, split, contract, records, tables=tables))
         if progress is not None:
             progress(done, total)
-    publish_teacher(teacher_folder, target, pca_width=pca_width, thinking=thinking)
-    return seal(storage, contract, infos)
+    files = teacher_files(teacher_folder, storage, pca_width=pca_width, thinking=thinking)
+    return seal(storage, contract, infos, teacher_folder=publish_teacher_files(storage, files))
 
 
 def read_dump(dump: Path, contract: Contract) -> Iterator[tuple[str, Record, int]]:

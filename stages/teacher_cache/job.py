@@ -12,15 +12,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from shards.contract import Contract
 from shards.record import Record
-from shards.storage import LocalStorage
-from shards.units import ShardInfo, describe
+from shards.storage import Storage
+from shards.units import ShardInfo, describe, published_units
 from shards.writer import write_shard
 from stages.corpus.sample import Sample
 from stages.corpus.store import Corpus
@@ -40,7 +39,7 @@ class Job:
     """One run over the plan."""
 
     corpus: Corpus
-    folder: Path
+    storage: Storage
     contract: Contract
     tables: bytes | None
     replicas: Sequence[Replica]
@@ -48,6 +47,8 @@ class Job:
     _done: int = field(default=0, init=False)
     _total: int = field(default=0, init=False)
     _reported: int = field(default=0, init=False)
+    _there: Mapping[str, str] = field(init=False)
+    _rejected: Mapping[str, frozenset[str]] = field(init=False)
     _list: WorkList = field(init=False)
     _writers: ThreadPoolExecutor = field(init=False)
     _shards: list[Future[ShardInfo | None]] = field(default_factory=list, init=False)
@@ -56,7 +57,8 @@ class Job:
 
     def run(self, units: Sequence[Unit]) -> list[ShardInfo]:
         """Capture and write every unit that is not published; describe the shards of all."""
-        missing = {unit: self._wanted(unit) for unit in units if not self._path(unit).exists()}
+        self._there, self._rejected = published_units(self.storage), read_rejects(self.storage)
+        missing = {unit: self._wanted(unit) for unit in units if unit.name not in self._there}
         self._list = WorkList((unit, wanted) for unit, wanted in missing.items() if wanted)
         self._total = sum(self._tokens(unit, range(unit.start, unit.stop)) for unit in units)
         self._done = self._total - sum(self._tokens(unit, wanted) for unit, wanted in missing.items())
@@ -136,30 +138,30 @@ class Job:
         """Publish a unit; None where nothing of it is left."""
         unit, split = complete.unit, self._split(complete.unit)
         if complete.rejects:
-            publish_rejects(self.folder, unit, complete.rejects, split)
+            publish_rejects(self.storage, unit, complete.rejects, split)
             names = ", ".join(split[reject.index].sample_id for reject in complete.rejects)
             self._say(f"{unit.name}: no replica survived {names}: rejected, the rest goes on", "warning")
             self._advance(self._tokens(unit, (reject.index for reject in complete.rejects)))
         if not complete.records:
             return None
-        return write_shard(self.folder, unit.name, unit.split, self.contract, complete.records, tables=self.tables)
+        return write_shard(self.storage, unit.name, unit.split, self.contract, complete.records, tables=self.tables)
 
     def _published(self, unit: Unit) -> ShardInfo:
         """A shard that was there before, if it holds this unit, be it without rejected records."""
-        path, split = self._path(unit), self._split(unit)
-        shard = describe(LocalStorage(self.folder), path.name, self.contract)
+        name, split = self._there[unit.name], self._split(unit)
+        shard = describe(self.storage, name, self.contract)
         ids = set(shard.columns.column("sample_id").to_pylist())
         planned = {split[index].sample_id for index in range(unit.start, unit.stop)}
-        if ids - planned or planned - ids - read_rejects(self.folder, unit):
+        if ids - planned or planned - ids - self._rejected.get(unit.name, frozenset()):
             raise StageError(
-                f"{path} holds {len(ids)} records, which are not the {len(planned)} of the plan",
+                f"{self.storage.where(name)} holds {len(ids)} records, which are not the {len(planned)} of the plan",
                 hint="cache.records_per_shard must stay what it was when this set was begun",
             )
         return shard.info
 
     def _wanted(self, unit: Unit) -> list[int]:
         """The places of a unit's samples, without those that were rejected before."""
-        rejected, split = read_rejects(self.folder, unit), self._split(unit)
+        rejected, split = self._rejected.get(unit.name), self._split(unit)
         return [i for i in range(unit.start, unit.stop) if not rejected or split[i].sample_id not in rejected]
 
     def _split(self, unit: Unit) -> Sequence[Sample]:
@@ -168,9 +170,6 @@ class Job:
     def _tokens(self, unit: Unit, indices: Iterable[int]) -> int:
         split = self._split(unit)
         return sum(len(split[index].response_ids) for index in indices)
-
-    def _path(self, unit: Unit) -> Path:
-        return self.folder / f"{unit.name}.arrow"
 
     def _advance(self, tokens: int) -> None:
         with self._talking:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from shards.contract import Contract
-from shards.durable import make_folder, publish
 from shards.fidelity import Fidelity
-from shards.manifest import FIDELITY_FILE, TEACHER_FOLDER, ShardInfo
+from shards.manifest import FIDELITY_FILE, TEACHER_FOLDER, ShardInfo, publish_teacher_files, read_manifest
 from shards.record import Record
+from shards.sealed_json import MAX_DOCUMENT_BYTES
 from shards.shard import ShardReader
+from shards.storage import Location, Storage, storage_at
 from stages.corpus.sample import Sample
 from stages.events import Emit, Note
 from stages.teacher_cache.replica import STAGE, Replica, ReplicaDied
@@ -24,38 +24,48 @@ from stages.teacher_cache.replica import STAGE, Replica, ReplicaDied
 _POSITIONS = 512
 
 
-def publish_fidelity(
-    folder: Path, contract: Contract, shards: Sequence[ShardInfo], replicas: Sequence[Replica], emit: Emit
-) -> None:
-    """Measure some validation records, or train records where there is no validation split; once a set."""
-    if (folder / TEACHER_FOLDER / FIDELITY_FILE).exists():
-        return
-    records = _chosen(folder, shards)
+def measured_fidelity(
+    storage: Storage, contract: Contract, shards: Sequence[ShardInfo], replicas: Sequence[Replica], emit: Emit
+) -> dict[str, bytes]:
+    """The report on some validation records, or train records where there are none, as a file of the teacher's folder.
+
+    A folder keeps what was measured before; there is no file where no replica could tell.
+    """
+    path = f"{TEACHER_FOLDER}/{FIDELITY_FILE}"
+    if storage.exclusive and storage.size(path) is not None:
+        return {}
+    records = _chosen(storage, shards)
     for replica in replicas:
         try:
             report = _measured(contract, records, replica)
         except ReplicaDied as death:
             emit(Note(stage=STAGE, text=f"{replica.name} died while fidelity was measured: {death}", level="warning"))
             continue
-        if report:
-            make_folder(folder / TEACHER_FOLDER)
-            publish(folder / TEACHER_FOLDER, FIDELITY_FILE, f"{json.dumps(report, indent=1)}\n".encode())
-        return
+        files = {FIDELITY_FILE: f"{json.dumps(report, indent=1)}\n".encode()} if report else {}
+        if storage.exclusive:  # at once, so that no teacher is loaded for it again
+            publish_teacher_files(storage, files)
+        return files
+    return {}
 
 
-def read_fidelity(folder: Path) -> Mapping[str, float]:
-    """What was measured; empty where nothing was."""
-    path = folder / TEACHER_FOLDER / FIDELITY_FILE
-    facts: Mapping[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_fidelity(location: Location) -> Mapping[str, float]:
+    """What was measured on a whole set; empty where nothing was."""
+    storage = storage_at(location)
+    manifest = read_manifest(storage)
+    if FIDELITY_FILE not in manifest.teacher_files:
+        return {}
+    facts: Mapping[str, float] = json.loads(
+        storage.read(f"{manifest.teacher_folder}/{FIDELITY_FILE}", most=MAX_DOCUMENT_BYTES)
+    )
     return facts
 
 
-def _chosen(folder: Path, shards: Sequence[ShardInfo]) -> list[Record]:
+def _chosen(storage: Storage, shards: Sequence[ShardInfo]) -> list[Record]:
     """As many records as it takes, at least one, in the order of the plan."""
     ordered = sorted(shards, key=lambda shard: (shard.split != "dev", shard.name))
     found: list[Record] = []
     for info in ordered:
-        with ShardReader.open(folder / info.name) as shard:
+        with ShardReader.open(storage.local(info.name, sha256=info.sha256, size=info.bytes)) as shard:
             for row in range(len(shard)):
                 if sum(record.positions for record in found) >= _POSITIONS:
                     return found

@@ -15,6 +15,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from shards.storage import LocalStorage, Location, Storage, storage_at
+from shards.units import published_units
 from stages.corpus.fingerprint import tokenizer_fingerprint
 from stages.corpus.store import Corpus
 from stages.errors import StageError
@@ -83,12 +85,14 @@ def preflight(
     teacher: TeacherSettings,
     cache: CacheSettings,
     teacher_folder: Path,
-    folder: Path,
+    target: Location,
     devices: Devices,
 ) -> Iterator[Check]:
     """The plan and its needs, one row each."""
     units = plan_units({"train": len(corpus.train), "dev": len(corpus.dev)}, cache.records_per_shard)
-    published = [unit for unit in units if (folder / f"{unit.name}.arrow").exists()]
+    storage = storage_at(target)
+    there = published_units(storage)
+    published = [unit for unit in units if unit.name in there]
     extent = _extent(corpus)
     yield Check(
         name="plan",
@@ -99,7 +103,7 @@ def preflight(
     yield _work(extent, teacher, teacher_folder, devices)
     yield from _fits(corpus, extent, teacher, teacher_folder)
     yield _memory(teacher, teacher_folder, devices)
-    yield _disk(extent, cache, teacher_folder, folder, missing=1 - len(published) / max(len(units), 1))
+    yield _room(extent, cache, teacher_folder, storage, missing=1 - len(published) / max(len(units), 1))
 
 
 def _extent(corpus: Corpus) -> _Extent:
@@ -161,7 +165,7 @@ def _memory(teacher: TeacherSettings, teacher_folder: Path, devices: Devices) ->
     return Check(name="memory", ok=fits, fact=told if fits else f"{told}; raise teacher.tensor_parallel (TP=…)")
 
 
-def _disk(extent: _Extent, cache: CacheSettings, teacher_folder: Path, folder: Path, *, missing: float) -> Check:
+def _room(extent: _Extent, cache: CacheSettings, teacher_folder: Path, storage: Storage, *, missing: float) -> Check:
     selection, attention = cache.chosen(), cache.attention(read_facts(teacher_folder).layers)
     position = _POSITION_BYTES + selection.most_kept * _ENTRY_BYTES + 4 * len(cache.curve)
     rows = keys = 0
@@ -172,9 +176,13 @@ def _disk(extent: _Extent, cache: CacheSettings, teacher_folder: Path, folder: P
         keys = rows * attention.top_m
     text = (extent.prompt_tokens + extent.response_tokens) * _TOKEN_BYTES
     needed = missing * (extent.response_tokens * position + rows * _ROW_BYTES + keys * _KEY_BYTES + text)
+    fact = f"about {needed / _GIB:.2f} GiB of shards to write"
+    if not isinstance(storage, LocalStorage):
+        return Check(name="store", ok=True, fact=f"{fact} to {storage.where()}, which answers")
+    folder = storage.folder.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    fact = f"about {needed / _GIB:.2f} GiB of shards to write, {free / _GIB:.0f} GiB free"
+    fact = f"{fact}, {free / _GIB:.0f} GiB free"
     enough = needed * _DISK_MARGIN <= free
     return Check(name="disk", ok=enough, fact=fact if enough else f"{fact}; make room, or lower cache.k")
 

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
-from shards.durable import publish
+from shards.storage import Storage
 from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.teacher_cache.plan import Unit
 from stages.teacher_cache.worklist import Reject
 
+_NAME = re.compile(r"(?P<unit>.+)\.rejects-[0-9]+\.jsonl")
+_MOST_BYTES = 1 << 28
 
-def publish_rejects(folder: Path, unit: Unit, rejects: Sequence[Reject], samples: Sequence[Sample]) -> None:
+
+def publish_rejects(storage: Storage, unit: Unit, rejects: Sequence[Reject], samples: Sequence[Sample]) -> None:
     """Publish what became known of a unit in this run; `samples` are its split's."""
     lines = [
         {
@@ -32,23 +36,19 @@ def publish_rejects(folder: Path, unit: Unit, rejects: Sequence[Reject], samples
         for reject in rejects
     ]
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    names = (_name(unit, number) for number in itertools.count(1))
-    next(name for name in names if publish(folder, name, content))
+    names = (f"{unit.name}.rejects-{number}.jsonl" for number in itertools.count(1))
+    next(name for name in names if storage.publish(name, content))
 
 
-def read_rejects(folder: Path, unit: Unit) -> frozenset[str]:
-    """The ids of a unit's rejected samples. Raises StageError where a file is not what was published."""
-    found: set[str] = set()
-    for number in itertools.count(1):
-        path = folder / _name(unit, number)
-        try:
-            found.update(json.loads(line)["sample_id"] for line in path.read_text(encoding="utf-8").splitlines())
-        except FileNotFoundError:
-            break
-        except (ValueError, KeyError, TypeError) as error:
-            raise StageError(f"{path} is damaged: {error!r}", hint="delete it: its records are tried again") from error
-    return frozenset(found)
-
-
-def _name(unit: Unit, number: int) -> str:
-    return f"{unit.name}.rejects-{number}.jsonl"
+def read_rejects(storage: Storage) -> Mapping[str, frozenset[str]]:
+    """The ids of each unit's rejected samples, by its name. Raises StageError for a file that was not published so."""
+    found: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
+    for name in storage.names():
+        if named := _NAME.fullmatch(name):
+            try:
+                lines = storage.read(name, most=_MOST_BYTES).decode().splitlines()
+                found[named["unit"]] |= {json.loads(line)["sample_id"] for line in lines}
+            except (ValueError, KeyError, TypeError) as error:
+                hint = "delete it: its records are tried again"
+                raise StageError(f"{storage.where(name)} is damaged: {error!r}", hint=hint) from error
+    return found

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from shards.durable import make_folder, publish, remove_abandoned
 from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR, TEACHER_FOLDER
+from shards.storage import Storage
 from stages.corpus.chat import CHAT_FILE, chat_document
 from stages.corpus.fingerprint import sha256_of, tokenizer_files
 from stages.errors import StageError
@@ -29,6 +29,7 @@ FACTS_FILE = "teacher.json"
 _HEAD_TENSORS = ("lm_head.weight", "model.embed_tokens.weight")
 """Where the head may lie, best first: a tied head is saved as the embedding."""
 _PCA_ROWS = 8_192
+_MOST_HEAD_BYTES = 1 << 34
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,24 +98,27 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def publish_teacher(source: Path, shards: Path, *, pca_width: int, thinking: bool) -> None:
-    """Publish the folder teacher/ of a shard set durably; one writer at a time. What is there already stays."""
-    target = shards / TEACHER_FOLDER
-    make_folder(target)
-    remove_abandoned(target)
-    for path in tokenizer_files(source):
-        publish(target, path.name, path.read_bytes())
-    publish(target, CHAT_FILE, chat_document(thinking=thinking))
-    facts = read_facts(source)
-    document = json.dumps(asdict(facts), indent=1, sort_keys=True)
-    publish(target, FACTS_FILE, f"{document}\n".encode())
-    if not (target / HEAD_PCA_FILE).exists():
-        publish(target, HEAD_PCA_FILE, save({HEAD_PCA_TENSOR: head_components(_head(source), pca_width).half()}))
-    elif _width(target / HEAD_PCA_FILE) != min(pca_width, facts.hidden_size):
-        raise StageError(
-            f"{target} holds {_width(target / HEAD_PCA_FILE)} components, cache.pca_width is {pca_width}",
-            hint="cache.pca_width must stay what it was when this set was begun",
-        )
+def teacher_files(source: Path, storage: Storage, *, pca_width: int, thinking: bool) -> dict[str, bytes]:
+    """What of the teacher travels with the set that `storage` holds, by file name.
+
+    A head that a folder has already is not analysed again. Raises StageError where that was done to another width.
+    """
+    facts, standing = read_facts(source), f"{TEACHER_FOLDER}/{HEAD_PCA_FILE}"
+    if storage.exclusive and storage.size(standing) is not None:
+        head = storage.read(standing, most=_MOST_HEAD_BYTES)
+        if (width := load(head)[HEAD_PCA_TENSOR].shape[1]) != min(pca_width, facts.hidden_size):
+            raise StageError(
+                f"{storage.where(TEACHER_FOLDER)} holds {width} components, cache.pca_width is {pca_width}",
+                hint="cache.pca_width must stay what it was when this set was begun",
+            )
+    else:
+        head = save({HEAD_PCA_TENSOR: head_components(_head(source), pca_width).half()})
+    return {
+        **{path.name: path.read_bytes() for path in tokenizer_files(source)},
+        CHAT_FILE: chat_document(thinking=thinking),
+        FACTS_FILE: f"{json.dumps(asdict(facts), indent=1, sort_keys=True)}\n".encode(),
+        HEAD_PCA_FILE: head,
+    }
 
 
 def head_components(head_VD: Tensor, width: int) -> Tensor:
@@ -132,11 +136,6 @@ def head_components(head_VD: Tensor, width: int) -> Tensor:
     largest_W = directions_DW.gather(0, directions_DW.abs().argmax(dim=0, keepdim=True))
     directions_DW = directions_DW * largest_W.sign()
     return torch.cat([((rows.double() - mean_D) @ directions_DW).float() for rows in head_VD.split(_PCA_ROWS)])
-
-
-def _width(path: Path) -> int:
-    with safe_open(path, framework="pt") as file:
-        return int(file.get_slice(HEAD_PCA_TENSOR).get_shape()[1])
 
 
 def _head(folder: Path) -> Tensor:

@@ -4,6 +4,7 @@ As a program it forks writers and kills them:
 
     recorded.py sweep FOLDER TEACHER
     recorded.py race FOLDER TEACHER
+    recorded.py stored URL TEACHER EVERY
 
 or works with two replicas, slowly enough to be stopped:
 
@@ -12,10 +13,12 @@ or works with two replicas, slowly enough to be stopped:
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +31,9 @@ from pipeline.launch import Machine
 from pipeline.replicas import replicas
 from shards.durable import LocalDisk
 from shards.manifest import Manifest
+from shards.object_cache import ObjectCache
+from shards.remote import RemoteStorage
+from shards.storage import Location
 from stages.corpus.fingerprint import tokenizer_fingerprint
 from stages.corpus.sample import Sample
 from stages.corpus.store import Corpus
@@ -166,7 +172,7 @@ def make_corpus(teacher: Path, train: int = 7, dev: int = 2) -> Corpus:
 
 
 def fill(
-    folder: Path,
+    folder: Location,
     teacher: Path,
     *,
     before: Callable[[Sample], None] = lambda _: None,
@@ -190,7 +196,7 @@ def fill(
         teacher=TeacherSettings(model="recorded"),
         cache=cache,
         teacher_folder=teacher,
-        folder=folder,
+        target=folder,
         emit=emit,
         engine=engine or make,
         spread=spread,
@@ -210,6 +216,26 @@ def sweep(folder: Path, teacher: Path) -> int:
         died = os.WIFSIGNALED(_forked(lambda target=target, n=deaths: _fill_and_die(target, teacher, n)))
         if os.waitstatus_to_exitcode(_forked(lambda target=target: fill(target, teacher))) != 0:
             raise RuntimeError(f"the run after a death at operation {deaths} did not finish")
+        if not died:
+            return deaths - 1
+    raise RuntimeError("it never came to an end")
+
+
+def stored(url: str, teacher: Path, every: int) -> int:
+    """Die by SIGKILL at the n-th request to a store, for every so many-th n, then finish there undisturbed.
+
+    The sets lie at 000 (undisturbed), 001, … under the URL. Returns how many deaths there were. This process never
+    speaks to the store: its client has threads, which a fork would lose.
+    """
+    torch.set_num_threads(1)
+    base, options = url.split("?")
+    with tempfile.TemporaryDirectory() as warm:
+        fill(Path(warm), teacher)
+    for deaths, at in enumerate(itertools.count(1, every), 1):
+        target = f"{base}/{at:03d}?{options}"
+        died = os.WIFSIGNALED(_forked(lambda target=target, at=at: _store_and_die(target, teacher, at)))
+        if os.waitstatus_to_exitcode(_forked(lambda target=target: fill(target, teacher))) != 0:
+            raise RuntimeError(f"the run after a death at request {at} did not finish")
         if not died:
             return deaths - 1
     raise RuntimeError("it never came to an end")
@@ -249,6 +275,34 @@ def replicated(folder: Path, teacher: Path) -> int:
 
 def _fill_and_die(folder: Path, teacher: Path, at: int) -> None:
     """Count every operation of the disk, from both threads, and die before the `at`-th is carried out."""
+    counted = _dying(at)
+    for name in ("mkdir", "create", "write", "fsync", "link", "unlink", "fsync_folder"):
+        setattr(LocalDisk, name, staticmethod(counted(getattr(LocalDisk(), name))))
+    fill(folder, teacher)
+
+
+def _store_and_die(url: str, teacher: Path, at: int) -> None:
+    """Count every call of the store's client, from both threads, and die before the `at`-th is carried out."""
+    counted, opened = _dying(at), RemoteStorage.at
+
+    class Client:
+        def __init__(self, client: object) -> None:
+            self._client = client
+
+        def __getattr__(self, name: str) -> Callable[..., object]:
+            return counted(getattr(self._client, name))
+
+    def dying(url: str, *, cache: ObjectCache) -> RemoteStorage:
+        storage = opened(url, cache=cache)
+        storage._files = Client(storage._files)
+        return storage
+
+    RemoteStorage.at = staticmethod(dying)
+    fill(url, teacher)
+
+
+def _dying(at: int) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """Wraps functions such that the process dies before their `at`-th call, all counted together."""
     left = at
 
     def counted(operation: Callable[..., object]) -> Callable[..., object]:
@@ -261,9 +315,7 @@ def _fill_and_die(folder: Path, teacher: Path, at: int) -> None:
 
         return call
 
-    for name in ("mkdir", "create", "write", "fsync", "link", "unlink", "fsync_folder"):
-        setattr(LocalDisk, name, staticmethod(counted(getattr(LocalDisk(), name))))
-    fill(folder, teacher)
+    return counted
 
 
 def _forked(work: Callable[[], object]) -> int:
@@ -289,5 +341,8 @@ def _end(child: int) -> int:
 
 
 if __name__ == "__main__":
-    verbs = {"sweep": sweep, "race": race, "replicated": replicated}
-    print(verbs[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3])))
+    if sys.argv[1] == "stored":
+        print(stored(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])))
+    else:
+        verbs = {"sweep": sweep, "race": race, "replicated": replicated}
+        print(verbs[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3])))

@@ -246,7 +246,6 @@ def test_fidelity_is_measured_once_on_published_validation_records(
         "all, if few"
     )
     assert 0 < report["KL(full || decoded), the rest as one, mean"] < 1e-2, "what the codec loses"
-    assert read_fidelity(tmp_path / "elsewhere") == {}
 
 
 def test_a_set_whose_engine_tells_no_distributions_is_sealed_without_a_measure(
@@ -255,6 +254,7 @@ def test_a_set_whose_engine_tells_no_distributions_is_sealed_without_a_measure(
     monkeypatch.setattr(recorded.RecordedEngine, "full", lambda self, samples: iter(()))
     manifest = recorded.fill(tmp_path, teacher)
     assert "fidelity.json" not in manifest.teacher_files
+    assert read_fidelity(tmp_path) == {}
 
 
 def test_units_of_another_size_are_refused(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path, recorded: Modu
             teacher=cache_module.TeacherSettings(model="recorded"),
             cache=recorded.CACHE,
             teacher_folder=other,
-            folder=tmp_path / "shards",
+            target=tmp_path / "shards",
             emit=lambda _: None,
             engine=lambda folder, settings, spec: recorded.RecordedEngine(spec),
         )

@@ -35,7 +35,7 @@ def look(smollm2: Path, tmp_path: Path) -> Callable[..., dict[str, Check]]:
             teacher=teacher,
             cache=CacheSettings(records_per_shard=3),
             teacher_folder=smollm2,
-            folder=tmp_path / "shards",
+            target=tmp_path / "shards",
             devices=devices,
         )
         return {check.name: check for check in checks}
@@ -121,7 +121,7 @@ def test_quantised_weights_take_what_their_files_take(
             teacher=TeacherSettings(dtype="float32"),
             cache=CacheSettings(),
             teacher_folder=folder,
-            folder=tmp_path / "shards",
+            target=tmp_path / "shards",
             devices=Devices(replicas=1, memory=8 * GIB, gpus=False),
         )
         facts[name] = next(check.fact for check in checks if check.name == "memory")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR
+from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR, publish_teacher_files
+from shards.storage import LocalStorage
 from stages.errors import StageError
 from stages.teacher_cache.teacher import (
     head_components,
-    publish_teacher,
     read_facts,
+    teacher_files,
     tensor_parallel_sizes,
     weights_fingerprint,
 )
@@ -83,27 +84,32 @@ def test_components_are_as_many_as_the_teacher_is_wide() -> None:
     assert torch.equal(head_components(head, 3), head_components(head, 6)[:, :3])
 
 
+def publish(source: Path, target: Path, *, width: int = 4) -> None:
+    storage = LocalStorage(target)
+    publish_teacher_files(storage, teacher_files(source, storage, pca_width=width, thinking=True))
+
+
 def test_a_tied_head_is_found_in_the_embedding_and_published_once(folder: Path, tmp_path: Path) -> None:
-    publish_teacher(folder, tmp_path / "shards", pca_width=4, thinking=True)
+    publish(folder, tmp_path / "shards")
     path = tmp_path / "shards" / "teacher" / HEAD_PCA_FILE
     components = load_file(path)[HEAD_PCA_TENSOR]
     assert (components.shape, components.dtype) == ((50, 4), torch.float16)
     first = path.read_bytes()
     (folder / "model-00002-of-00002.safetensors").unlink()
-    publish_teacher(folder, tmp_path / "shards", pca_width=4, thinking=True)
+    publish(folder, tmp_path / "shards")
     assert path.read_bytes() == first
 
 
 def test_a_teacher_without_a_head_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(StageError, match="no output head"):
-        publish_teacher(folder, tmp_path / "shards", pca_width=4, thinking=True)
+        publish(folder, tmp_path / "shards")
 
 
 def test_components_of_another_width_are_refused(folder: Path, tmp_path: Path) -> None:
-    publish_teacher(folder, tmp_path / "shards", pca_width=4, thinking=True)
+    publish(folder, tmp_path / "shards")
     with pytest.raises(StageError, match="pca_width"):
-        publish_teacher(folder, tmp_path / "shards", pca_width=5, thinking=True)
+        publish(folder, tmp_path / "shards", width=5)
 
 
 @pytest.mark.parametrize(
