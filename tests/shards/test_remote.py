@@ -298,13 +298,6 @@ def test_keys_in_a_url_are_used_and_never_shown(url: str, contract: Contract) ->
     assert "hidden" not in str(caught.value)
 
 
-def test_a_google_url_opens_googles_client(cache: ObjectCache) -> None:
-    """No server of theirs can be installed here: beyond its client everything is what S3 is tested with."""
-    storage = open_at("gs://anonymous@bucket/sets/one", cache)
-    assert type(storage._files).__name__ == "GcsFileSystem"
-    assert storage.where("manifest.json") == "gs://bucket/sets/one/manifest.json"
-
-
 def test_another_kind_of_url_is_refused(contract: Contract) -> None:
     with pytest.raises(ValueError, match="s3:// or gs://"):
         begin("ftp://somewhere/shards", contract)

@@ -14,12 +14,14 @@ from shards.manifest import is_sealed, read_manifest
 from shards.reader import ShardSet
 from shards.verify import quarantine, verify_shards
 from stages.teacher_cache.measure import read_fidelity
-from tests.shards.object_store import CREDENTIALS, ObjectStore, serving
+from tests.shards.object_store import CREDENTIALS, AnyStore, serving, serving_google
+
+SERVERS = {"s3": serving, "gs": serving_google}
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    with pytest.MonkeyPatch.context() as environment, serving() as store:
+@pytest.fixture(scope="module", params=SERVERS)
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnyStore]:
+    with pytest.MonkeyPatch.context() as environment, SERVERS[request.param]() as store:
         for name, value in CREDENTIALS.items():
             environment.setenv(name, value)
         environment.setenv("MINICODFORMER_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -27,7 +29,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 
 
 def test_a_set_made_in_a_store_is_the_set_made_in_a_folder(
-    tmp_path: Path, store: ObjectStore, recorded: ModuleType, recorded_teacher: Path
+    tmp_path: Path, store: AnyStore, recorded: ModuleType, recorded_teacher: Path
 ) -> None:
     url = store.new_url()
     here, there = recorded.fill(tmp_path, recorded_teacher), recorded.fill(url, recorded_teacher)
@@ -44,7 +46,7 @@ def test_a_set_made_in_a_store_is_the_set_made_in_a_folder(
 
 
 def test_what_is_set_aside_in_a_store_is_remade_and_nothing_else(
-    store: ObjectStore, recorded: ModuleType, recorded_teacher: Path
+    store: AnyStore, recorded: ModuleType, recorded_teacher: Path
 ) -> None:
     url = store.new_url()
     made = recorded.fill(url, recorded_teacher)
@@ -62,7 +64,7 @@ def test_what_is_set_aside_in_a_store_is_remade_and_nothing_else(
 
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.long)])
 def test_W3_killed_at_requests_to_a_store_then_resumed_gives_the_same_objects(
-    store: ObjectStore, recorded_teacher: Path, every: int
+    store: AnyStore, recorded_teacher: Path, every: int
 ) -> None:
     url, program = store.new_url(), Path(__file__).with_name("recorded.py")
     done = subprocess.run(
