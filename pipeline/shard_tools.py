@@ -58,14 +58,14 @@ def reselect(place: str, target: str, *, k: int, mass: float | None, floor: floa
     return [_made("reselected", manifest, target)]
 
 
-def import_cache(dump: Path, target: Path, *, teacher: str, k: int, thinking: bool) -> list[str]:
-    """Make a set of what vLLM dumped. Raises UsageError where there is no dump."""
+def import_cache(dump: Path, target: str, *, teacher: str, k: int, thinking: bool) -> list[str]:
+    """Make a set of what vLLM or DistillKit wrote. Raises UsageError where there is no dump."""
     from pipeline.assets import teacher_folder
     from stages.teacher_cache.dumps import import_dump
     from stages.teacher_cache.settings import CacheSettings
 
-    if not dump.is_file():
-        raise UsageError(f"no dump {dump}", hint="name a file with one JSON object a line")
+    if not dump.exists():
+        raise UsageError(f"no dump {dump}", hint="name a file with one JSON object a line, or DistillKit's folder")
     with listening() as emit, _usage("fewer --k than the vocabulary has ids"):
         folder = teacher_folder(teacher, None, emit)
 
@@ -74,7 +74,7 @@ def import_cache(dump: Path, target: Path, *, teacher: str, k: int, thinking: bo
 
         manifest = import_dump(
             dump,
-            target,
+            target if "://" in target else Path(target),
             teacher=teacher,
             teacher_folder=folder,
             k=k,
@@ -83,7 +83,7 @@ def import_cache(dump: Path, target: Path, *, teacher: str, k: int, thinking: bo
             progress=told,
         )
     return [
-        _made("imported", manifest, str(target)),
+        _made("imported", manifest, target),
         "           the tail is not known: losses that need it refuse this set",
     ]
 

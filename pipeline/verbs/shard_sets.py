@@ -98,15 +98,15 @@ def estimate(
 
 
 def import_cache(
-    dump: Annotated[Path, typer.Argument(help="prompt_logprobs of vLLM, one JSON object a line.")],
-    target: Annotated[Path, typer.Argument(help="The folder of the set to make.")],
+    dump: Annotated[Path, typer.Argument(help="A JSONL of vLLM's prompt_logprobs, or DistillKit's folder.")],
+    target: Annotated[str, typer.Argument(help="The folder or URL of the set to make.")],
     teacher: Annotated[str, typer.Option("--teacher", help="The model that was dumped: a folder or a hub name.")],
     k: Annotated[int, typer.Option("--k", min=1, help="Ids to keep a position; every position must have them.")],
     thinking: Annotated[
         bool, typer.Option("--thinking", help="The prompts were rendered for a chain of thought.")
     ] = False,
 ) -> None:
-    """Make a shard set of log-probabilities that vLLM dumped.
+    """Make a shard set of log-probabilities that vLLM dumped, or DistillKit wrote as Parquet.
 
     The mass outside the kept ids is marked as not known, and losses that need it refuse the set. Stopped and started
     again, it goes on.

@@ -1,6 +1,7 @@
-"""A dump of vLLM's `prompt_logprobs` as shards: the k most probable ids, of a tail that nobody summed up.
+"""What others dumped of a teacher as shards: the k most probable ids, of a tail that nobody summed up.
 
-One JSON object a line:
+A folder with DistillKit's Parquet and compression_config.yaml (`distillkit`): its samples are split as a corpus is, one
+in about fifty for validation, by their tokens. Or a file of vLLM's `prompt_logprobs`, one JSON object a line:
 
     {"prompt_token_ids": [5, 17, …],                  prompt and response
      "prompt_logprobs": [null, {"17": {"logprob": -0.1, …}, …}, …],
@@ -13,13 +14,16 @@ The first two are as vLLM's `RequestOutput` and its OpenAI server name them; a l
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from shards.contract import Contract, Selection
 from shards.errors import InvalidRecord
@@ -34,11 +38,15 @@ from shards.writer import write_shard
 from stages.corpus.fingerprint import sha256_of
 from stages.corpus.tokenizer import ChatTokenizer
 from stages.errors import StageError
+from stages.teacher_cache.distillkit import COLUMNS, CONFIG_FILE, Row, read_layout, read_row
 from stages.teacher_cache.teacher import read_facts, teacher_files, weights_fingerprint
 
 SPLITS = ("train", "dev")
 RECORDS_PER_SHARD = 512
-ENGINE = "vllm prompt_logprobs dump"
+ENGINE, DISTILLKIT_ENGINE = "vllm prompt_logprobs dump", "distillkit parquet"
+_ONE_IN = 50
+_ROWS = 64
+"""Of Parquet, in memory at once."""
 
 
 def import_dump(
@@ -55,9 +63,10 @@ def import_dump(
     """Make a shard set of a dump; stopped and called again, it goes on. `progress` is told bytes of the dump.
 
     `teacher_folder` holds the model that was dumped: it gives the set its tokenizer, vocabulary and head. Raises
-    StageError naming the line that is none, ContractMismatch where `target` holds another set.
+    StageError naming the line or row that is none, ContractMismatch where `target` holds another set.
     """
     facts, tokenizer = read_facts(teacher_folder), ChatTokenizer.load(teacher_folder, thinking=thinking)
+    files = parquet_files(dump) if dump.is_dir() else [dump]
     contract = Contract(
         codec=Planes3.name,
         teacher=teacher,
@@ -68,27 +77,29 @@ def import_dump(
         end_token_id=tokenizer.end_token_id,
         selection=Selection(kind="topk", k=k, tail_known=False),
         attention=None,
-        corpus_fingerprint=sha256_of(dump),
-        engine=ENGINE,
+        corpus_fingerprint=_content(dump, files),
+        engine=DISTILLKIT_ENGINE if dump.is_dir() else ENGINE,
         dtype="unknown",
     )
     storage = storage_at(target)
-    examples = [record for _, record, _ in islice(read_dump(dump, contract), EXAMPLES)]
+    read = read_parquet if dump.is_dir() else read_dump
+    examples = [record for _, record, _ in islice(read(dump, contract), EXAMPLES)]
     budget = tables_budget(RECORDS_PER_SHARD * max(1, int(np.mean([record.positions for record in examples]))))
     contract, tables = with_tables(storage, contract, lambda: examples, budget=budget)
     begin(storage, contract)
     if is_sealed(storage):
         return read_manifest(storage)
-    there, total, infos = published_units(storage), dump.stat().st_size, list[ShardInfo]()
-    for unit, split, records, done in _units(read_dump(dump, contract)):
+    there, total = published_units(storage), sum(path.stat().st_size for path in files)
+    infos = list[ShardInfo]()
+    for unit, split, records, done in _units(read(dump, contract)):
         if unit in there:
             infos.append(describe(storage, there[unit], contract).info)
         else:
             infos.append(write_shard(storage, unit, split, contract, records, tables=tables))
         if progress is not None:
             progress(done, total)
-    files = teacher_files(teacher_folder, storage, pca_width=pca_width, thinking=thinking)
-    return seal(storage, contract, infos, teacher_folder=publish_teacher_files(storage, files))
+    taken = teacher_files(teacher_folder, storage, pca_width=pca_width, thinking=thinking)
+    return seal(storage, contract, infos, teacher_folder=publish_teacher_files(storage, taken))
 
 
 def read_dump(dump: Path, contract: Contract) -> Iterator[tuple[str, Record, int]]:
@@ -111,6 +122,69 @@ def read_dump(dump: Path, contract: Contract) -> Iterator[tuple[str, Record, int
             yield split, record, done
     if not number:
         raise StageError(f"{dump} is empty", hint="dump prompt_logprobs first, one JSON object a line")
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet of a folder, be it in folders of it, by name. Raises StageError where there is none."""
+    files = sorted(folder.rglob("*.parquet"))
+    if not files:
+        raise StageError(f"no .parquet in {folder}", hint="name the folder that DistillKit wrote, or a JSONL dump")
+    return files
+
+
+def read_parquet(folder: Path, contract: Contract) -> Iterator[tuple[str, Record, int]]:
+    """As `read_dump`, of what DistillKit wrote. Raises StageError naming the file and the row."""
+    layout, k, done = read_layout(folder), contract.selection.k, 0
+    if layout.k < k:
+        raise StageError(f"{folder} holds {layout.k} ids a position, not {k}", hint=f"--k {layout.k} or fewer")
+    for path in parquet_files(folder):
+        number, size = 0, path.stat().st_size
+        try:
+            file = pq.ParquetFile(path)
+            named = [name for name in (*COLUMNS, "labels", "attention_mask") if name in file.schema_arrow.names]
+            if missing := set(COLUMNS) - set(named):
+                raise ValueError(f"there is no column {min(missing)}: an older layout of DistillKit is not read")
+            for batch in file.iter_batches(_ROWS, columns=named):
+                for found in batch.to_pylist():
+                    row = read_row(found, layout, pad_id=contract.start_token_id)
+                    record = _compressed(row, f"{path.relative_to(folder).with_suffix('').as_posix()}-{number}", k)
+                    require_valid(record, contract)
+                    number += 1
+                    yield _split_of(record), record, done + size * number // file.metadata.num_rows
+        except (ValueError, KeyError, TypeError, OverflowError, OSError, pa.ArrowException, InvalidRecord) as error:
+            raise StageError(
+                f"{path}, row {number}: {error}",
+                hint=f"each row must be one sample, compressed as {CONFIG_FILE} says, with ids of this teacher",
+            ) from error
+        done += size
+
+
+def _compressed(row: Row, name: str, k: int) -> Record:
+    unknown_N = np.full(len(row.ids_NK), np.nan, np.float32)
+    return Record(
+        sample_id=name,
+        prompt_ids_P=row.prompt_ids_P,
+        response_ids_R=row.response_ids_R,
+        first_position=0,
+        ids_NK=np.ascontiguousarray(row.ids_NK[:, :k]),
+        logprobs_NK=np.ascontiguousarray(row.logprobs_NK[:, :k]),
+        log_tail_N=unknown_N,
+        entropy_N=unknown_N,
+    )
+
+
+def _split_of(record: Record) -> str:
+    """The same for the same tokens, whatever stands around them."""
+    digest = hashlib.sha256(record.prompt_ids_P.tobytes() + record.response_ids_R.tobytes()).digest()
+    return "dev" if int.from_bytes(digest[:8], "big") % _ONE_IN == 0 else "train"
+
+
+def _content(dump: Path, files: Sequence[Path]) -> str:
+    """sha256 of a dump: of a folder's, over its files' and how they are compressed."""
+    if not dump.is_dir():
+        return sha256_of(dump)
+    said = "".join(f"{sha256_of(path)}\n" for path in (dump / CONFIG_FILE, *files) if path.is_file())
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _record(found: Mapping[str, Any], number: int, k: int) -> Record:

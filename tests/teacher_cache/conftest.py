@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -125,3 +125,14 @@ def recorded() -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def dumped_teacher(tmp_path_factory: pytest.TempPathFactory, save_byte_tokenizer: Callable[[Path], None]) -> Path:
+    """A model folder with a tokenizer of bytes and a head: what an import takes of the teacher."""
+    folder = tmp_path_factory.mktemp("teacher")
+    save_byte_tokenizer(folder)
+    facts = {"architectures": ["X"], "vocab_size": 300, "num_hidden_layers": 4, "hidden_size": 16}
+    (folder / "config.json").write_text(json.dumps(facts))
+    save_file({"lm_head.weight": torch.randn(300, 16)}, folder / "model.safetensors")
+    return folder

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import cli
@@ -26,14 +24,9 @@ from stages.teacher_cache.dumps import import_dump
 VOCABULARY, K = 300, 5
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, save_byte_tokenizer: Callable[[Path], None]) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    save_byte_tokenizer(folder)
-    facts = {"architectures": ["X"], "vocab_size": VOCABULARY, "num_hidden_layers": 4, "hidden_size": 16}
-    (folder / "config.json").write_text(json.dumps(facts))
-    save_file({"lm_head.weight": torch.randn(VOCABULARY, 16)}, folder / "model.safetensors")
-    return folder
+@pytest.fixture
+def teacher(dumped_teacher: Path) -> Path:
+    return dumped_teacher
 
 
 def lines(count: int = 5) -> list[dict[str, Any]]:
