@@ -81,7 +81,8 @@ class Layout:
                 raise ValueError(f"{name} has {array.shape[-1]} bytes a position, {CONFIG_FILE} says {width}")
         ids_NK = _whole_numbers(indices_NB, self.index_bits, self.k)
         logprobs_NK = self._logprobs(packed_NB)
-        total_N1 = np.logaddexp.reduce(logprobs_NK, axis=1, keepdims=True)
+        with np.errstate(invalid="ignore"):  # bytes that are no numbers are refused with the record
+            total_N1 = np.logaddexp.reduce(logprobs_NK, axis=1, keepdims=True)
         logprobs_NK = logprobs_NK - total_N1.clip(min=0)
         order_NK = np.argsort(-logprobs_NK, axis=1, kind="stable")  # a fit may rise where the truth falls
         return (
