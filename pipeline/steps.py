@@ -100,10 +100,14 @@ def _corpus_to_cache(recipe: Recipe, run: RunFolder) -> Corpus:
 
 
 def place_of(run: RunFolder, shards: str | None) -> Path | str:
-    """Where stage one writes: the run's shards, or the folder or URL that was named."""
+    """Where stage one writes: the run's shards, or what was named. Raises UsageError for a URL of an unknown kind."""
     if shards is None:
         return run.shards
-    return shards if "://" in shards else Path(shards)
+    if "://" not in shards:
+        return Path(shards)
+    if not shards.startswith(("s3://", "gs://")):
+        raise UsageError(f"no set can be made at {shards}", hint="give a folder, an s3:// or a gs:// URL")
+    return shards
 
 
 def plan_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: str | None = None) -> Iterator[Check]:

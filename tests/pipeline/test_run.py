@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.recipe import load
 from pipeline.run import RunFolder
+from pipeline.steps import place_of
 
 HOLD = """
 import sys, time
@@ -70,3 +71,12 @@ def test_facts_are_kept_by_stage(run: RunFolder) -> None:
     run.report("teacher_cache", {"records": 4})
     assert run.summary() == {"teacher_cache": {"records": 4}, "distill": {"steps": 5}}
     assert [path.name for path in run.path.iterdir()] == ["summary.json"]
+
+
+def test_stage_one_writes_to_the_run_a_folder_or_a_store_and_nowhere_else(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert place_of(run, None) == run.shards
+    assert place_of(run, "elsewhere") == Path("elsewhere")
+    assert place_of(run, "gs://bucket/set") == "gs://bucket/set"
+    with pytest.raises(UsageError, match="ftp://"):
+        place_of(run, "ftp://host/set")
