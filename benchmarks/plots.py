@@ -108,6 +108,17 @@ CHARTS = (
         title="Reading in a shuffled order over the size of a set",
         axis="million response tokens",
     ),
+    *(
+        Growth(
+            name=f"processes-{verb}",
+            benchmark="processes",
+            case=r"(\d+) process(?:es)?",
+            metric=f"{stage}, response tokens",
+            title=f"{stage.capitalize()} over the number of processes",
+            axis="processes",
+        )
+        for verb, stage in (("teacher-cache", "stage one"), ("distill", "stage two"))
+    ),
 )
 
 Series = dict[str, list[tuple[float, float]]]

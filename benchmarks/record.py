@@ -13,7 +13,7 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,15 @@ def compare(
 def write(
     name: str, rows: Iterable[Row], *, clock: str, packages: Iterable[str], threads: int, quick: bool = False
 ) -> Path:
-    """Write results/NAME.json: machine, versions, commit, and the rows. `clock` says how time was taken."""
+    """Write results/NAME.json: machine, versions, commit, and the rows. `clock` says how time was taken.
+
+    Packages go by what is imported: vllm is another distribution where there is no GPU.
+    """
+    providers = packages_distributions()
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_device()}, {threads} threads",
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        "versions": {"python": platform.python_version()}
+        | {package: version(providers[package][0]) for package in packages},
         "commit": _commit(),
         "clock": clock,
         "rows": [asdict(row) for row in rows],

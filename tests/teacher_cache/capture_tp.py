@@ -34,7 +34,7 @@ def main(teacher: Path, out: Path, spec: CaptureSpec) -> None:
             attention = tensors.pop("attention")
             tensors |= {f"_{field.name}": getattr(attention, field.name) for field in dataclasses.fields(attention)}
             save_file(tensors, out / f"{index}.safetensors")
-        (full,) = engine.full(samples[:1])
+        ((_, full),) = engine.full(samples[:1])
         save_file({"logprobs": full}, out / "full.safetensors")
 
 

@@ -68,9 +68,12 @@ class RecordedEngine:
             self.captured.append(sample.sample_id)
             yield recorded_signal(sample, self._spec)
 
-    def full(self, samples: Sequence[Sample]) -> Iterator[torch.Tensor]:
+    def full(self, samples: Sequence[Sample]) -> Iterator[tuple[TeacherSignal, torch.Tensor]]:
         for sample in samples:
-            yield recorded_logprobs(sample, torch.Generator().manual_seed(int(sample.sample_id, 16))).float()
+            yield (
+                recorded_signal(sample, self._spec),
+                recorded_logprobs(sample, torch.Generator().manual_seed(int(sample.sample_id, 16))).float(),
+            )
 
     def close(self) -> None:
         self.closed = True

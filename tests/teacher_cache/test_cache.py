@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +20,7 @@ from shards.contract import SELECTIONS, Selection
 from shards.errors import ContractMismatch, Incomplete, InvalidRecord, StorageFailed
 from shards.manifest import is_sealed, read_manifest
 from shards.reader import ShardSet
+from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Event, Progress
 from stages.teacher_cache import cache as cache_module
@@ -245,7 +246,28 @@ def test_fidelity_is_measured_once_on_published_validation_records(
     assert report["positions"] == sum(len(sample.response_ids) for sample in [*corpus.dev, *corpus.train]), (
         "all, if few"
     )
-    assert 0 < report["KL(full || decoded), the rest as one, mean"] < 1e-2, "what the codec loses"
+    lost = report["KL(full || decoded), the rest as one, mean"]
+    assert 0 < lost < 1e-2, "what the codec loses"
+    assert report["KL(full || decoded), the rest as one, mean (another pass)"] == lost, "this teacher repeats itself"
+
+
+def test_what_another_pass_differs_by_is_not_counted_as_lost(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = recorded.RecordedEngine.full
+
+    def otherwise(self: object, samples: list[Sample]) -> Iterator[object]:
+        """The same tokens, and distributions that are drawn from other ids."""
+        others = [
+            dataclasses.replace(sample, sample_id=f"{int(sample.sample_id, 16) + 999:016x}") for sample in samples
+        ]
+        yield from told(self, others)
+
+    monkeypatch.setattr(recorded.RecordedEngine, "full", otherwise)
+    recorded.fill(tmp_path, teacher)
+    report = read_fidelity(tmp_path)
+    lost = report["KL(full || decoded), the rest as one, mean"]
+    assert lost < 1e-2 < report["KL(full || decoded), the rest as one, mean (another pass)"]
 
 
 def test_a_set_whose_engine_tells_no_distributions_is_sealed_without_a_measure(

@@ -132,7 +132,7 @@ def test_a_quantised_teacher_is_captured_with_the_weights_that_it_has(
         ours = list(engine.capture(SAMPLES))
         full = list(engine.full(SAMPLES))
     truth, unlike = (list(TransformersEngine(folder, SPEC).full(SAMPLES)) for folder in (plain, tmp_path / "original"))
-    for mine, packed_truth, original in zip(full, truth, unlike, strict=True):
+    for (_, mine), (_, packed_truth), (_, original) in zip(full, truth, unlike, strict=True):
         assert (mine - packed_truth).abs().mean().item() < 0.02, "a float16 body"
         assert (mine - original).abs().mean().item() > 0.3, "what packing itself changes is far more"
     for mine, all_NV in zip(ours, truth, strict=True):

@@ -113,8 +113,17 @@ def test_vllm_starts_where_numba_has_compiled_something() -> None:
 def test_full_distributions_are_those_of_transformers_whole_or_in_chunks(
     engine: VllmEngine, samples: list[Sample], smollm2: Path, spec: CaptureSpec
 ) -> None:
-    for ours, theirs in zip(engine.full(samples), TransformersEngine(smollm2, spec).full(samples), strict=True):
-        assert largest_difference(ours, theirs) < 5e-4
+    truth = TransformersEngine(smollm2, spec).full(samples)
+    for (_, ours_NV), (_, theirs_NV) in zip(engine.full(samples), truth, strict=True):
+        assert largest_difference(ours_NV, theirs_NV) < 5e-4
+
+
+def test_the_signal_beside_a_full_distribution_is_of_the_same_pass(engine: VllmEngine, samples: list[Sample]) -> None:
+    for signal, logprobs_NV in engine.full(samples):
+        assert signal.attention is not None, "whatever else was asked for is there too"
+        assert signal.logprobs_NK is not None
+        kept_NK = logprobs_NV.gather(-1, signal.ids_NK.long())
+        assert largest_difference(signal.logprobs_NK, kept_NK) < 2e-6, "the same logits, normalised in two ways"
 
 
 def test_a_capture_given_up_leaves_nothing_behind(
@@ -273,7 +282,7 @@ def test_two_tensor_parallel_ranks_agree_with_transformers(tmp_path: Path, tiny_
     theirs = list(TransformersEngine(tiny_qwen3, TP_SPEC).capture(TP_SAMPLES))
     require_equal_signals(ours, theirs, logprobs=2e-4)
     full = load_file(tmp_path / "full.safetensors")["logprobs"]
-    (truth,) = TransformersEngine(tiny_qwen3, TP_SPEC).full(TP_SAMPLES[:1])
+    ((_, truth),) = TransformersEngine(tiny_qwen3, TP_SPEC).full(TP_SAMPLES[:1])
     assert largest_difference(full, truth) < 2e-4
     for mine, other in zip(ours, theirs, strict=True):
         same = same_ids(mine, other)

@@ -73,8 +73,12 @@ class TeacherEngine(Protocol):
         the teacher cannot be captured faithfully.
         """
 
-    def full(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
-        """fp32 log-probabilities [N, V] of each sample, to measure by. Nothing where the engine cannot tell them."""
+    def full(self, samples: Sequence[Sample]) -> Iterator[tuple[TeacherSignal, Tensor]]:
+        """The signal of each sample and the fp32 log-probabilities [N, V] that it was taken from, to measure by.
+
+        Both are of one pass: another pass of a 16-bit body differs by more than a shard loses. Nothing where the engine
+        cannot tell the log-probabilities.
+        """
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""

@@ -46,12 +46,13 @@ class TransformersEngine:
             yield self._signal(sample)
 
     @torch.inference_mode()
-    def full(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
+    def full(self, samples: Sequence[Sample]) -> Iterator[tuple[TeacherSignal, Tensor]]:
         self.start()
         for sample in samples:
             tokens = torch.tensor([*sample.prompt_ids.tolist(), *sample.response_ids.tolist()])
             rows = slice(len(sample.prompt_ids) - 1, len(tokens) - 1)
-            yield self._model(tokens[None]).logits[0, rows].double().log_softmax(dim=-1).float()
+            logprobs_NV = self._model(tokens[None]).logits[0, rows].double().log_softmax(dim=-1)
+            yield self._signal(sample), logprobs_NV.float()
 
     def close(self) -> None:
         self._model = None

@@ -35,9 +35,12 @@ class VllmEngine(InProcessVllm):
         for sample, answer in zip(samples, self._asked(samples), strict=True):
             yield layout.unpack(answer, len(sample.response_ids))
 
-    def full(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
+    def full(self, samples: Sequence[Sample]) -> Iterator[tuple[TeacherSignal, Tensor]]:
+        layout, vocab_size = RowLayout(self._spec), read_facts(self._folder).vocab_size
         for sample, answer in zip(samples, self._asked(samples, **{FULL: True}), strict=True):
-            yield as_float(answer).view(len(sample.response_ids), -1)
+            positions = len(sample.response_ids)
+            signal, full = answer[: -positions * vocab_size], answer[-positions * vocab_size :]
+            yield layout.unpack(signal, positions), as_float(full).view(positions, vocab_size)
 
     def _asked(self, samples: Sequence[Sample], **more: bool) -> Iterator[Tensor]:
         """The last response token is not fed: its row would predict what comes after it."""

@@ -6,6 +6,8 @@ kernel after the rotary embedding; the softmax is done again for response rows a
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +20,10 @@ from stages.teacher_cache.engines.vllm.wire import write_columns
 from stages.teacher_cache.signals import attention_heads_sum, summarise_attention
 
 _SCORES_BYTES = 64 * 2**20
-"""fp32 scores of all heads held at once."""
+"""fp32 scores held at once: of all heads, or of their sum where the kernel makes it."""
+_KERNEL_FROM = 4_096
+"""Keys from which on it is worth not to write the scores of all heads: by count, plain torch then moves 4 GB a layer
+for a response of 1,024 tokens and 32 heads, the kernel 17 MB. Not yet measured on a GPU."""
 
 
 class LayerAttention:
@@ -47,10 +52,11 @@ class LayerAttention:
     ) -> None:
         """Write the summary of the rows `first_row ..` into `rows_NW`; `keys_SHd` are all keys from position 0 on."""
         ranks = get_tensor_model_parallel_world_size()
-        heads = self._module.num_heads
-        step = max(1, _SCORES_BYTES // (4 * heads * keys_SHd.shape[0]))
+        heads, span = self._module.num_heads, keys_SHd.shape[0]
+        kernel = _kernel() if keys_SHd.is_cuda and span >= _KERNEL_FROM else None
+        step = max(1, _SCORES_BYTES // (4 * span * (1 if kernel else heads)))
         for start in range(0, queries_NHd.shape[0], step):
-            sum_NS = attention_heads_sum(
+            sum_NS = (kernel or attention_heads_sum)(
                 queries_NHd[start : start + step],
                 keys_SHd,
                 first_row=first_row + start,
@@ -59,6 +65,16 @@ class LayerAttention:
             )
             mean_NS = tensor_model_parallel_all_reduce(sum_NS) / (heads * ranks)
             write_columns(rows_NW[start : start + step], *summarise_attention(mean_NS, prompt_length, self._top_m))
+
+
+@cache
+def _kernel() -> Any:
+    """`attention_heads_sum` without the scores of all heads; None where there is no Triton."""
+    if find_spec("triton") is None:
+        return None
+    from stages.teacher_cache.attention_kernel import attention_heads_sum as kernel
+
+    return kernel
 
 
 def chosen_layers(model: nn.Module, layers: tuple[int, ...], top_m: int) -> list[LayerAttention]:

@@ -130,9 +130,8 @@ class CapturePooler(Pooler):
 
     def _answer(self, span: _Span) -> Tensor:
         kept = self._kept.pop(span.state)
-        if span.full:
-            return torch.cat(kept.full).flatten().view(torch.int32)
-        return pack(torch.cat(kept.head), [torch.cat(kept.attention[index]) for index in range(len(self._layers))])
+        layers = [torch.cat(kept.attention[index]) for index in range(len(self._layers))]
+        return pack(torch.cat(kept.head), layers, kept.full)
 
 
 def _spans(metadata: PoolingMetadata) -> Iterator[_Span]:

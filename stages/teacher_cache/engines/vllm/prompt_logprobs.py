@@ -65,7 +65,7 @@ class PromptLogprobsEngine(InProcessVllm):
         for sample, output in zip(samples, self._answers(prompts, [asked] * len(samples)), strict=True):
             yield self._signal(output.prompt_logprobs, len(sample.prompt_ids))
 
-    def full(self, _: Sequence[Sample]) -> Iterator[Tensor]:
+    def full(self, _: Sequence[Sample]) -> Iterator[tuple[TeacherSignal, Tensor]]:
         """See TeacherEngine: a Python number for every id of the vocabulary would be too many."""
         return iter(())
 

@@ -3,7 +3,7 @@
 A pooling model answers with one tensor a request: here a flat int32 one, floats as their bit patterns. First the head's
 rows [N, W]: ids K | log-probs K | draws K, where there are draws | log tail | entropy | curve 2J. Then, for each
 summarised layer, its rows [A, W']: positions M | weights M | sink | prompt mass | entropy. A = N, or all the sample's
-rows but the first.
+rows but the first. Last, where they were asked for, all log-probabilities [N, V].
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROMPT_LENGTH = "prompt_length"
 DRAW_KEY = "draw_key"
 """Key of a request's `draws.draw_key` there."""
 FULL = "full"
-"""Key there: true where all log-probabilities [N, V] are asked for, and nothing else."""
+"""Key there: true where all log-probabilities [N, V] are asked for too."""
 SPEC = "teacher_capture"
 """Key of the CaptureSpec, as JSON, in vLLM's `additional_config`."""
 
@@ -76,9 +76,10 @@ class RowLayout:
         )
 
 
-def pack(head_NW: Tensor, layers_AW: Sequence[Tensor]) -> Tensor:
-    """A request's answer from its head's rows and those of each layer."""
-    return torch.cat([head_NW.flatten(), *(rows_AW.flatten() for rows_AW in layers_AW)])
+def pack(head_NW: Tensor, layers_AW: Sequence[Tensor], full_NV: Sequence[Tensor] = ()) -> Tensor:
+    """A request's answer from its head's rows, those of each layer, and the parts of all log-probabilities."""
+    parts = [head_NW, *layers_AW, *(part_NV.view(torch.int32) for part_NV in full_NV)]
+    return torch.cat([part.flatten() for part in parts])
 
 
 def _split(columns: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
