@@ -33,7 +33,7 @@ SHARDS = HOME / "shards"
 TOKENS = 300_000
 CORPUS = CorpusSettings(train_size=2_260, val_size=40, max_prompt_tokens=256, max_response_tokens=256)
 TEACHER_SETTINGS = TeacherSettings(model=TEACHER, max_model_len=512)
-CACHE = CacheSettings(k=64, curve=(0.5, 0.25), records_per_shard=32)
+CACHE = CacheSettings(k=64, curve=(0.5, 0.25), records_per_shard=1_024)
 LAYOUT = CACHE.k * (4 + 2)
 """Bytes a position of k ids as int32 and their log-probabilities as float16, and nothing else."""
 
