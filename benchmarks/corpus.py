@@ -55,7 +55,7 @@ def cache(emit: Emit) -> Corpus:
     rows_of(boolq(), rows)
     prepare(settings=CORPUS, source=rows, tokenizer_folder=folder, out=HOME / "processed", emit=emit)
     corpus = read_corpus(HOME / "processed")
-    fill_cache(corpus=corpus, teacher=TEACHER_SETTINGS, cache=CACHE, teacher_folder=folder, folder=SHARDS, emit=emit)
+    fill_cache(corpus=corpus, teacher=TEACHER_SETTINGS, cache=CACHE, teacher_folder=folder, target=SHARDS, emit=emit)
     return corpus
 
 

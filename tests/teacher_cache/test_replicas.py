@@ -126,7 +126,7 @@ def test_vllm_in_two_replicas_leaves_the_bytes_of_one(
             teacher=settings,
             cache=cache,
             teacher_folder=tiny_qwen3,
-            folder=tmp_path / folder,
+            target=tmp_path / folder,
             emit=events.append,
             spread=spread,
         )
