@@ -98,8 +98,8 @@ share: setup ## write the dataset card of a shard set (SHARDS=folder)
 serve: setup ## the newest student (or NAME=run) over HTTP on this machine: a page to chat on, and OpenAI's protocol
 	@$(CLI) serve $(NAME)
 
-# These two train for an hour and more, and go on where they stopped: make bench-quality, python -m benchmarks.student_quality
-BENCHMARKS = $(filter-out quality student_quality,$(patsubst benchmarks/results/%.json,%,$(wildcard benchmarks/results/*.json)))
+# These run for long and go on where they stopped: make bench-quality, python -m benchmarks.student_quality, … .corpus
+BENCHMARKS = $(filter-out quality student_quality corpus,$(patsubst benchmarks/results/%.json,%,$(wildcard benchmarks/results/*.json)))
 
 .PHONY: bench
 bench: setup ## every benchmark on this machine, then benchmarks/RESULTS.md (about half an hour on 2 cores)

@@ -40,7 +40,8 @@ def _section(name: str, facts: dict[str, Any]) -> Iterator[str]:
     yield "|---|---|---:|---:|---|---:|---|"
     for row in facts["rows"]:
         figures = f"{row['ours']:g} {row['unit']} | {row['reference']:g} {row['unit']}"
-        yield f"| {row['case']} | {row['metric']} | {figures} | {row['reference_name']} | {_ratio(row)} |"
+        named = [row[name].replace("|", r"\|") for name in ("case", "metric", "reference_name")]
+        yield f"| {named[0]} | {named[1]} | {figures} | {named[2]} | {_ratio(row)} |"
     yield ""
 
 
