@@ -35,7 +35,7 @@ def cache_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
         f"stage one  {facts['captured']:,} positions in {facts['seconds']:.0f} s: "
         f"{facts['captured'] / facts['seconds']:,.0f} response tokens/s, loading the teacher included",
         *_fidelity_lines(facts.get("fidelity") or {}),
-        f"           {facts.get('where', run.shards)}",
+        f"           {run.shards}",
     ]
 
 
@@ -55,8 +55,7 @@ def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
 
 def distill_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
     lines = [
-        f"stage two  {facts['steps']:,} steps on {facts['ranks']} rank{'s' * (facts['ranks'] > 1)} "
-        f"in {facts['precision']}, "
+        f"stage two  {facts['steps']:,} steps on {facts['ranks']} ranks in {facts['precision']}, "
         f"{facts['positions']:,} positions in {facts['seconds']:.0f} s: "
         f"{facts['positions'] / max(facts['seconds'], 1e-9):,.0f} tokens/s"
     ]

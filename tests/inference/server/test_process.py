@@ -40,7 +40,7 @@ def process(folder: Path, *options: str, home: Path) -> Iterator[tuple[subproces
 
 
 def test_S2_asked_to_stop_it_finishes_what_it_has_begun_and_takes_no_more(student_folder: Path, tmp_path: Path) -> None:
-    with process(student_folder, "--slots", "1", home=tmp_path) as (server, address):
+    with process(student_folder, "--slots", "1", "--drain-seconds", "300", home=tmp_path) as (server, address):
         assert httpx.get(f"{address}/ready").json() == {"status": "ready"}
         with httpx.stream("POST", f"{address}/v1/completions", json={"model": "m", **WORK}, timeout=60) as response:
             lines = response.iter_lines()
