@@ -85,7 +85,8 @@ def test_rows_become_a_student_that_answers(place: Path) -> None:
 
     cli(place, "evaluate", "--name", "mine")
     report = json.loads((run / "summary.json").read_text())["evaluate"]
-    assert report["validation"]["kl"] == pytest.approx(summary["distill"]["validation"]["kl"], abs=1e-4)
+    rounding = 1e-4 if summary["distill"]["precision"] == "fp32" else 5e-3  # training validates in its own precision
+    assert report["validation"]["kl"] == pytest.approx(summary["distill"]["validation"]["kl"], abs=rounding)
     assert len(report["samples"]) == 1
     cli(place, "generate", "What is 20 plus 21?", "--name", "mine", "--max-new-tokens", "4")
 
