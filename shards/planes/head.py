@@ -10,8 +10,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.compiled import compiled
 from shards.errors import Corrupt
-from shards.planes.compiled import compiled
 from shards.planes.id_sets import read_sets, set_streams
 from shards.planes.levels import ABSENT, Levels
 from shards.planes.numbers import Numbers

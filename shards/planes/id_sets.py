@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.compiled import compiled
 from shards.errors import Corrupt
-from shards.planes.compiled import compiled
 from shards.planes.numbers import Numbers
 from shards.planes.streams import StreamReader, Streams
 from shards.planes.tables import MOST_COST, Tables

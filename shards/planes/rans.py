@@ -15,8 +15,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.compiled import compiled
 from shards.errors import Corrupt
-from shards.planes.compiled import compiled
 from shards.planes.numbers import ALONE, WIDE, WIDE_FROM, Numbers
 from shards.planes.streams import Code, Streams
 

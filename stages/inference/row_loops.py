@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.planes.compiled import compiled
+from shards.compiled import compiled
 
 Floats = NDArray[np.floating[Any]]
 

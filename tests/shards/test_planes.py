@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.codec import codec_for
+from shards.compiled import compiled
 from shards.contract import AttentionSpec, Contract, Selection
 from shards.errors import Corrupt, UnknownVersion
 from shards.planes import numbers as numbers_module
 from shards.planes.calibration import learn_tables
 from shards.planes.codec import VERSIONS, Planes3
-from shards.planes.compiled import compiled
 from shards.planes.huffman import MAX_LENGTH, PIECE, code_lengths, code_words
 from shards.planes.id_sets import choose_classes
 from shards.planes.levels import LEAST_STEPS, MOST_STEPS, Levels, level_roots

@@ -9,9 +9,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import update_wrapper
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,11 +27,7 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if not ready:
             ready.append(_compile(function, keep=_stamp(source) == loaded))
-        try:
-            return ready[0](*args, **kwargs)
-        except Exception:  # of the cache, before the loop ran; one of the loop's own is raised a second time
-            ready[:] = [_compile(function, keep=False)]
-            return ready[0](*args, **kwargs)
+        return ready[0](*args, **kwargs)
 
     return update_wrapper(run, function)
 
@@ -47,8 +44,22 @@ def _stamp(source: Path) -> tuple[int, int]:
 def _compile(function: Callable[P, T], *, keep: bool) -> Callable[P, T]:
     """Where the source changed after it was loaded, an upgrade, nothing is kept: it would pass for the new one."""
     from numba import njit
+    from numba.core.caching import FunctionCache
 
-    try:
-        return njit(function, cache=keep, nogil=True)  # type: ignore[no-any-return]
-    except RuntimeError:  # no folder can be written
-        return njit(function, nogil=True)  # type: ignore[no-any-return]
+    class Cache(FunctionCache):
+        """A file that cannot be read or written is one that is not there."""
+
+        def load_overload(self, *wanted: Any) -> Any:
+            with suppress(Exception):
+                return super().load_overload(*wanted)
+
+        def save_overload(self, *made: Any) -> None:
+            with suppress(Exception):
+                super().save_overload(*made)
+
+    loop: Any = njit(function, nogil=True)
+    if keep:
+        with suppress(RuntimeError):  # no folder can be written
+            loop._cache = Cache(function)
+    compiled: Callable[P, T] = loop
+    return compiled
