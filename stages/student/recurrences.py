@@ -10,6 +10,7 @@ Shape suffixes, beside the scans': X channels of all copies of the command neuro
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -42,10 +43,11 @@ def liquid_step(leak: Tensor, conductance: Tensor, elapsed: Tensor | float, unfo
     return log_decay, written
 
 
-class Recurrence(nn.Module):
+class Recurrence(nn.Module, ABC):
     """The part of a mixer between its command and its motor neurons. `copies` command neurons feed one channel.
 
-    A subclass says what of the command neurons enters the scan.
+    `forward(command_BTX, real_BT, state_BHEF)` returns what is read at every token, [B, T, D] in fp32, and the last
+    state; `real` is true at tokens and false at padding.
     """
 
     copies: int
@@ -59,22 +61,9 @@ class Recurrence(nn.Module):
         self.rho = nn.Parameter(torch.empty(neurons))
         self.conductance_bias = nn.Parameter(torch.empty(neurons))
 
-    def forward(self, command_BTX: Tensor, real_BT: Tensor | None, state_BHEF: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What is read at every token, [B, T, D] in fp32, and the last state; `real` is false at padding."""
-        inputs = self._inputs(command_BTX, 1.0 if real_BT is None else real_BT[..., None, None].float())
-        scan = scan_naive if command_BTX.shape[1] == 1 else scan_fla if fla_serves(inputs[0]) else scan_chunked
-        output_BTHF, state_BHEF = scan(*inputs, state_BHEF)
-        return output_BTHF.flatten(-2), state_BHEF
-
+    @abstractmethod
     def step(self, command_BX: Tensor, state_BHEF: Tensor) -> Tensor:
         """`forward` of one token, [B, D], with the state moved on in place. Takes no gradient."""
-        query_BHE, key_BHE, value_BHF, log_decay_BHE = (part[:, 0] for part in self._inputs(command_BX[:, None], 1.0))
-        state_BHEF.mul_(log_decay_BHE.exp().unsqueeze(-1)).addcmul_(key_BHE.unsqueeze(-1), value_BHF.unsqueeze(-2))
-        return (query_BHE.unsqueeze(-2) @ state_BHEF).flatten(1)
-
-    def _inputs(self, command_BTX: Tensor, elapsed: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query, key, value and log decay of the scan, in fp32; `elapsed` is 0 at padding."""
-        raise NotImplementedError
 
     def initialize(self) -> None:
         """Spread the time constants evenly in log tau.
@@ -96,7 +85,26 @@ class Recurrence(nn.Module):
         return torch.sigmoid(-self.rho.float()).view(gate.shape[2:]), MAX_CONDUCTANCE * torch.sigmoid(gate + bias)
 
 
-class MatrixRecurrence(Recurrence):
+class DiagonalRecurrence(Recurrence):
+    """One whose state decays along its keys alone: a subclass says what of the command neurons enters the scan."""
+
+    def forward(self, command_BTX: Tensor, real_BT: Tensor | None, state_BHEF: Tensor | None) -> tuple[Tensor, Tensor]:
+        inputs = self._inputs(command_BTX, 1.0 if real_BT is None else real_BT[..., None, None].float())
+        scan = scan_naive if command_BTX.shape[1] == 1 else scan_fla if fla_serves(inputs[0]) else scan_chunked
+        output_BTHF, state_BHEF = scan(*inputs, state_BHEF)
+        return output_BTHF.flatten(-2), state_BHEF
+
+    def step(self, command_BX: Tensor, state_BHEF: Tensor) -> Tensor:
+        query_BHE, key_BHE, value_BHF, log_decay_BHE = (part[:, 0] for part in self._inputs(command_BX[:, None], 1.0))
+        state_BHEF.mul_(log_decay_BHE.exp().unsqueeze(-1)).addcmul_(key_BHE.unsqueeze(-1), value_BHF.unsqueeze(-2))
+        return (query_BHE.unsqueeze(-2) @ state_BHEF).flatten(1)
+
+    @abstractmethod
+    def _inputs(self, command_BTX: Tensor, elapsed: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key, value and log decay of the scan, in fp32; `elapsed` is 0 at padding."""
+
+
+class MatrixRecurrence(DiagonalRecurrence):
     """dS/dt = -(1/tau + f) S + f k v^T: an LTC neuron that holds a vector, one matrix a head."""
 
     copies = 4
@@ -111,7 +119,7 @@ class MatrixRecurrence(Recurrence):
         return F.silu(query), written * F.rms_norm(key, self.heads[1:]), value, log_decay
 
 
-class VectorRecurrence(Recurrence):
+class VectorRecurrence(DiagonalRecurrence):
     """dx/dt = -(1/tau + f) x + f A: the LTC neuron of ncps as it stands, one number a channel."""
 
     copies = 2
