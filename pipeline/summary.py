@@ -45,12 +45,13 @@ def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
         return []
     named = {"KL(full || decoded), the rest as one, mean": "KL", "mass of the kept ids, mean": "mass kept"}
     parts = [f"{short} {fidelity[name]:.3g}" for name, short in named.items() if name in fidelity]
-    parts += [
-        f"{name.removesuffix(', mean').removeprefix('error of ')} off by {value:.2g}"
-        for name, value in fidelity.items()
-        if name.startswith("error of log Z") and name.endswith("mean")
-    ]
-    return [f"fidelity   against the teacher at {fidelity['positions']:.0f} positions: {', '.join(parts)}"]
+    lines = [f"fidelity   against the teacher at {fidelity['positions']:.0f} positions: {', '.join(parts)}"]
+    share = "share of the KL kept at T = "
+    shares = {name.removeprefix(share): value for name, value in fidelity.items() if name.startswith(share)}
+    if shares:
+        told = ", ".join(f"{value:.0%} at {at}" for at, value in shares.items())
+        lines.append(f"           of the KL at a temperature the kept ids show {told}")
+    return lines
 
 
 def distill_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from shards.contract import Contract
 from shards.record import Float64, Record
 
-TEMPERATURES = (1.0, 1.25, 1.5, 2.0, 4.0)
+TEMPERATURES = (1.25, 1.5, 2.0, 4.0)
+"""Beside 1, at which a distribution needs no partition."""
 
 
 @dataclass(slots=True)
@@ -88,7 +89,7 @@ class Fidelity:
         outcome of mass t, only the variance of its mean counts: sum p^2 / t instead of t.
         """
         ids_NK, ours_NK = self._head(record)
-        for temperature in TEMPERATURES:
+        for temperature in (1.0, *TEMPERATURES):
             logits_NV = logprobs_NV / temperature
             probs_NV = np.exp(logits_NV - np.logaddexp.reduce(logits_NV, axis=1, keepdims=True))
             probs_NK = np.where(np.isfinite(ours_NK), np.take_along_axis(probs_NV, ids_NK, axis=1), 0.0)

@@ -193,7 +193,7 @@ FIDELITY = {"positions": 558.0} | dict.fromkeys(
     (
         "KL(full || decoded), the rest as one, mean",
         "mass of the kept ids, mean",
-        *(f"error of log Z at T = {temperature}, mean" for temperature in ("1.5", "2", "4")),
+        *(f"share of the KL kept at T = {temperature}" for temperature in ("1", "1.25", "1.5", "2", "4")),
     ),
     0.5,
 )
