@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.inference.row_loops import move_matrices, normalise
+from stages.inference.stepping import advance, encode, fresh
 from stages.student.config import MiniCodformerConfig
 from stages.student.decoder import DecoderLayer
 from stages.student.layers import RMSNorm
@@ -85,7 +86,8 @@ def expect_few_rows(model: MiniCodformerForConditionalGeneration) -> None:
     """Give the output layer, and all that a decoder layer does token by token, the form for a few rows.
 
     The circuit's weights are 0 where there is no synapse, so their masks are left out for good. The model is for
-    inference in fp32 on a CPU from then on.
+    inference in fp32 on a CPU from then on. One token is decoded at once: loading or compiling the loops takes a second
+    and more, which no answer should wait for.
     """
     model.set_output_embeddings(FewRowsLinear(model.output_weight()))
     for layer in cast(list[DecoderLayer], list(model.model.decoder.layers)):
@@ -104,3 +106,5 @@ def expect_few_rows(model: MiniCodformerForConditionalGeneration) -> None:
         for name, norm in room.named_children():
             if isinstance(norm, RMSNorm):
                 room.register_module(name, FewRowsNorm(norm))
+    first = [model.config.decoder_start_token_id]
+    advance(model, first, fresh(model, encode(model, [first])))
