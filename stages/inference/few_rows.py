@@ -1,8 +1,8 @@
 """A student's modules for decoding on a CPU, where each step is a few rows, and weights that no cache keeps.
 
 What a product costs is how its weight is read. The library's usual form, rows times transposed weight, reads many
-weights at half the memory's speed or less; rows times a weight that lies transposed comes near to it for any few rows
-(benchmarks/student.py). What lies between the products costs by the number of its calls, so it is compiled loops.
+weights at half the memory's speed or less; two other forms of the same product come near to it, each for its number of
+rows (benchmarks/student.py). What lies between the products costs by the number of its calls, so it is compiled loops.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from stages.student.recurrences import MAX_CONDUCTANCE, MatrixRecurrence
 _STAGGER = 16
 """Numbers between two rows: rows a power of two apart would push each other out of the same lines of a cache."""
 
+_WEIGHT_FIRST = range(2, 9)
+"""Rows for which weight times transposed rows is the fastest form; for others it is rows times a weight that lies
+transposed."""
+
 _KEY_EPS = torch.finfo(torch.float32).eps
 """What `rms_norm` adds where it is told nothing."""
 
@@ -40,7 +44,12 @@ class FewRowsLinear(nn.Module):
         self.register_buffer("transposed_DV", transposed_DV, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.transposed_DV
+        rows_ND = hidden.flatten(0, -2)
+        if len(rows_ND) in _WEIGHT_FIRST:
+            product_NV = (self.weight @ rows_ND.T).T.contiguous()
+        else:
+            product_NV = rows_ND @ self.transposed_DV
+        return product_NV.view(*hidden.shape[:-1], -1)
 
 
 class FewRowsNorm(RMSNorm):
@@ -83,7 +92,7 @@ class FewRowsRecurrence(MatrixRecurrence):
 
 
 def expect_few_rows(model: MiniCodformerForConditionalGeneration) -> None:
-    """Give the output layer, and all that a decoder layer does token by token, the form for a few rows.
+    """Give the output layer, all that a decoder layer does token by token, and all norms, the form for a few rows.
 
     The circuit's weights are 0 where there is no synapse, so their masks are left out for good. The model is for
     inference in fp32 on a CPU from then on. One token is decoded at once: loading or compiling the loops takes a second
@@ -102,9 +111,9 @@ def expect_few_rows(model: MiniCodformerForConditionalGeneration) -> None:
                 room.register_module(name, FewRowsLinear(nn.Parameter(weight.flatten(0, -2))))
         if isinstance(layer.mixer.recurrence, MatrixRecurrence):
             layer.mixer.recurrence = FewRowsRecurrence(layer.mixer.recurrence, model.config)
-    for room in list(model.model.decoder.modules()):
+    for room in list(model.model.modules()):
         for name, norm in room.named_children():
             if isinstance(norm, RMSNorm):
                 room.register_module(name, FewRowsNorm(norm))
-    first = [model.config.decoder_start_token_id]
-    advance(model, first, fresh(model, encode(model, [first])))
+    any_token = [0]
+    advance(model, any_token, fresh(model, encode(model, [any_token])))
