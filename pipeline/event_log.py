@@ -1,6 +1,6 @@
 """The form of a run's events.jsonl, in which it is written and read: a JSON object a line.
 
-    {"time": seconds since 1970, "kind": "progress" | "metric" | "note", fields of the event}
+    {"time": seconds since 1970, "kind": "progress" | "metric" | "note" | "answered", fields of the event}
 
 A reader outlives whatever happens to the file: a last line that is half written waits for its end, a line that is none
 (its writer was killed within it) is passed over, a file that was cut or replaced is read from its beginning. Kinds and
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.events import Event, Metric, Note, Progress
+from stages.events import Answered, Event, Metric, Note, Progress
 
-_KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in (Progress, Metric, Note)}
+_KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in (Progress, Metric, Note, Answered)}
 _FIELDS = {name: {field.name for field in dataclasses.fields(kind)} for name, kind in _KINDS.items()}
 _BLOCK = 1 << 20
 
@@ -106,4 +106,7 @@ def _is_sound(event: Event) -> bool:
     if isinstance(event, Metric):
         numbers = event.values.values() if isinstance(event.values, dict) else ("none",)
         return isinstance(event.step, int) and all(isinstance(number, int | float) for number in numbers)
+    if isinstance(event, Answered):
+        texts = (event.prompt, event.answer, event.label)
+        return isinstance(event.step, int) and all(isinstance(text, str) for text in texts)
     return isinstance(event.text, str)

@@ -1,7 +1,7 @@
-"""What a run's events come to: progress and pace of each stage, a curve of each metric, the newest notes.
+"""What a run's events come to: progress and pace of each stage, a curve of each metric, answers, the newest notes.
 
-Memory is bounded however long the run: curves are thinned as they grow, notes and paces are the newest ones. A metric
-whose name nobody here knows is a curve like any other.
+Memory is bounded however long the run: curves and answers are thinned as they grow, notes and paces are the newest
+ones. A metric whose name nobody here knows is a curve like any other.
 """
 
 from __future__ import annotations
@@ -11,18 +11,36 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 from pipeline.event_log import Logged
-from stages.events import Metric, Note, Progress
+from stages.events import Answered, Event, Metric, Note, Progress
 
 CURVE_POINTS = 512
+ANSWERS = 16
+"""To one prompt."""
 RECENT = 64
 NOTES = 32
 
 
+Value = TypeVar("Value")
+
+
+def add_thinned(points: list[tuple[int, Value]], step: int, value: Value, most: int) -> None:
+    """Append to points by rising step; where there are more than `most`, an even number, every other one goes.
+
+    The first and the newest stay. A run that resumes from a checkpoint takes back what came after it.
+    """
+    while points and points[-1][0] >= step:
+        points.pop()
+    points.append((step, value))
+    if len(points) > most:
+        del points[-2::-2]
+
+
 @dataclass(slots=True)
 class Curve:
-    """A metric over steps. Steps only rise: a run that resumes from a checkpoint takes back what came after it."""
+    """A metric over steps."""
 
     points: list[tuple[int, float]] = field(default_factory=list)
     """(step, value), thinned; the newest is always among them."""
@@ -30,14 +48,10 @@ class Curve:
     """(step, value), every one of the newest."""
 
     def add(self, step: int, value: float) -> None:
-        while self.points and self.points[-1][0] >= step:
-            self.points.pop()
+        add_thinned(self.points, step, value, CURVE_POINTS)
         while self.recent and self.recent[-1][0] >= step:
             self.recent.pop()
-        self.points.append((step, value))
         self.recent.append((step, value))
-        if len(self.points) > CURVE_POINTS:
-            del self.points[-2::-2]
 
     @property
     def newest(self) -> float:
@@ -78,16 +92,21 @@ class History:
 
     stages: dict[str, StageHistory] = field(default_factory=dict)
     notes: deque[tuple[float, Note]] = field(default_factory=lambda: deque(maxlen=NOTES))
+    answers: dict[str, list[tuple[int, Answered]]] = field(default_factory=dict)
+    """(step, answer) by prompt, thinned; the first and the newest are always among them."""
     updated: float | None = None
 
     def take(self, logged: Iterable[Logged]) -> None:
         for entry in logged:
             self._take(entry.time, entry.event)
 
-    def _take(self, when: float, event: Progress | Metric | Note) -> None:
+    def _take(self, when: float, event: Event) -> None:
         self.updated = when
         if isinstance(event, Note):
             self.notes.append((when, event))
+            return
+        if isinstance(event, Answered):
+            add_thinned(self.answers.setdefault(event.prompt, []), event.step, event, ANSWERS)
             return
         stage = self.stages.setdefault(event.stage, StageHistory(when, when))
         stage.updated = when

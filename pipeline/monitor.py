@@ -71,9 +71,13 @@ class NoteView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleView:
+    """An answer to a validation prompt."""
+
     prompt: str
     answer: str
     label: str
+    step: int | None
+    """Training steps before it; None of the finished student's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +94,7 @@ class RunView:
     load: Load
     notes: tuple[NoteView, ...]
     samples: tuple[SampleView, ...]
-    """Answers of the newest evaluation."""
+    """Of the newest evaluation; before one, of the newest validation within training."""
 
 
 class Watcher:
@@ -159,10 +163,15 @@ class Watcher:
         try:
             told = self._run.summary()["evaluate"]["samples"][:_SAMPLES]
             return tuple(
-                SampleView(**{name: str(sample[name]) for name in ("prompt", "answer", "label")}) for sample in told
+                SampleView(**{name: str(sample[name]) for name in ("prompt", "answer", "label")}, step=None)
+                for sample in told
             )
         except (OSError, ValueError, KeyError, TypeError):
-            return ()
+            newest = [answers[-1][1] for answers in self._history.answers.values()]
+            return tuple(
+                SampleView(prompt=event.prompt, answer=event.answer, label=event.label, step=event.step)
+                for event in newest[:_SAMPLES]
+            )
 
 
 def monitor(run: RunFolder, *, once: bool, as_json: bool) -> list[str]:

@@ -18,6 +18,7 @@ from pipeline import figures
 from pipeline.event_log import EventReader
 from pipeline.history import Curve, History
 from pipeline.run import RunFolder
+from stages.events import Answered
 
 REPORT = "report.html"
 _GROUPS: dict[str, dict[str, str]] = {
@@ -51,6 +52,7 @@ _GROUPS: dict[str, dict[str, str]] = {
         "tokens_per_s": "response tokens a second",
         "data_wait": "share of a step spent waiting for data",
         "memory_gib": "peak memory of a rank, GiB",
+        "answer_seconds": "seconds that the answers below took",
     },
 }
 """Curves by their names in the log; what a run did not measure is left out, what is unknown here comes last."""
@@ -105,6 +107,7 @@ def render(run: RunFolder, history: History) -> str:
         f'<div class="tiles">{"".join(_tiles(summary))}</div>',
         *_charts(curves),
         *_samples(summary.get("evaluate", {}).get("samples", ())),
+        *_samples_over_time(history.answers.values()),
         f"<h2>Recipe</h2><details><summary>every value</summary><pre>{_text(recipe)}</pre></details>",
     ]
     return (
@@ -135,12 +138,11 @@ def _tiles(summary: Mapping[str, Any]) -> Iterable[str]:
         yield _tile(f"{after['kl']:.3f}", f"validation KL, nats{was}")
         yield _tile(f"{after['perplexity']:.2f}", "validation perplexity")
         yield _tile(f"{after['top1_agreement']:.1%}", f"top-1 agreement, top-5 {after['top5_agreement']:.1%}")
-        if after.get("ece") is not None:
-            yield _tile(f"{after['ece']:.1%}", "expected calibration error")
+        yield _tile(f"{after['ece']:.1%}", "expected calibration error")
     evaluated = summary.get("evaluate", {})
     if whole := evaluated.get("whole"):
         yield _tile(f"{whole['kl']:.3f}", "validation KL over the whole vocabulary, nats")
-    if isinstance(match := evaluated.get("exact_match"), dict):  # older runs have a bare share of three answers
+    if match := evaluated.get("exact_match"):
         words = f"of {match['answers']} answers are right; 95 % interval {match['low']:.1%} to {match['high']:.1%}"
         yield _tile(f"{match['share']:.1%}", words)
     if distilled.get("seconds"):
@@ -239,6 +241,17 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     for sample in samples:
         rows = "".join(f"<dt>{name}</dt><dd>{_text(sample[name])}</dd>" for name in ("prompt", "answer", "label"))
         yield f'<dl class="sample">{rows}</dl>'
+
+
+def _samples_over_time(prompts: Iterable[Sequence[tuple[int, Answered]]]) -> Iterable[str]:
+    """What was answered to each prompt as training went on."""
+    if prompts:
+        yield "<h2>Answers over time</h2>"
+    for answers in prompts:
+        newest = answers[-1][1]
+        rows = [("prompt", newest.prompt), ("label", newest.label)]
+        rows += [(f"after {step:,} steps", answered.answer) for step, answered in answers]
+        yield f'<dl class="sample">{"".join(f"<dt>{name}</dt><dd>{_text(words)}</dd>" for name, words in rows)}</dl>'
 
 
 def _text(value: object) -> str:

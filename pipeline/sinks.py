@@ -43,7 +43,7 @@ class PlainLines:
             self._say(f"{event.stage}: {'warning: ' if event.level == 'warning' else ''}{event.text}")
         elif isinstance(event, Metric):
             self._metrics[event.stage] = event
-        else:
+        elif isinstance(event, Progress):
             self._progress(event)
 
     def _progress(self, event: Progress) -> None:

@@ -37,7 +37,20 @@ class Note:
     level: str = "info"
 
 
-Event = Progress | Metric | Note
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """What the student says to a prompt after `step` training steps."""
+
+    stage: str
+    step: int
+    prompt: str
+    answer: str
+    """Cut where the stage sets a limit."""
+    label: str
+    """What the data has in its place."""
+
+
+Event = Progress | Metric | Note | Answered
 Emit = Callable[[Event], None]
 
 

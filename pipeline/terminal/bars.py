@@ -50,7 +50,7 @@ class LiveBars:
             self._bars.console.print(Text(f"{event.stage}: {event.text}", style=style))
         elif isinstance(event, Metric):
             self._metrics[event.stage] = event
-        else:
+        elif isinstance(event, Progress):
             self._progress(event)
 
     def _progress(self, event: Progress) -> None:

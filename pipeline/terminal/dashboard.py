@@ -184,7 +184,9 @@ def _samples(samples: Sequence[SampleView]) -> Panel:
         table.add_row(Text("answer", style="bold"), Text(_head(sample.answer)))
         table.add_row(Text("label", style="dim"), Text(_head(sample.label), style="dim"))
         table.add_row("", "")
-    return Panel(table, title="answers of the newest evaluation", title_align="left", border_style="dim")
+    step = samples[0].step
+    title = "answers of the newest evaluation" if step is None else f"answers after {step:,} steps"
+    return Panel(table, title=title, title_align="left", border_style="dim")
 
 
 def _head(text: str) -> str:

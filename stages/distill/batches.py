@@ -65,8 +65,8 @@ def assemble(records: Sequence[Record], start_token_id: int) -> Batch:
     """Pad records to the longest prompt and the longest response among them."""
     responses = [record.response_ids_R for record in records]
     inputs = [np.concatenate([[start_token_id], response[:-1]]) for response in responses]
-    prompt_ids, prompt_mask = _pad([record.prompt_ids_P for record in records])
-    decoder_ids, decoder_mask = _pad(inputs)
+    prompt_ids, prompt_mask = pad([record.prompt_ids_P for record in records])
+    decoder_ids, decoder_mask = pad(inputs)
     width = decoder_ids.shape[1]
     spans = [range(record.first_position, record.first_position + record.positions) for record in records]
     return Batch(
@@ -124,7 +124,8 @@ def _logprobs(record: Record) -> Float32:
     return np.where(record.ids_NK >= 0, np.nan, -np.inf).astype(np.float32)
 
 
-def _pad(rows: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:
+    """Ids of rows of any lengths, and their mask, [B, longest]."""
     lengths = np.array([row.size for row in rows])
     mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.zeros(mask.shape, np.int64)  # any id will do at padding: the mask alone tells it

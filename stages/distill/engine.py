@@ -106,16 +106,16 @@ class Engine:
     def state(self) -> TrainingState:
         """Everything, gathered on every rank, in CPU memory of rank 0 alone (elsewhere the mappings are empty)."""
         self._link_moments()
-        weights, moments = {}, {moment: {} for moment in MOMENTS}  # type: ignore[var-annotated]
-        for name, parameter in self._student.named_parameters():
-            gathered = {key: self._gather(parameter, key) for key in (None, *MOMENTS)}
-            if self._world.rank == 0:
-                weights[name] = gathered[None]
-                for moment in MOMENTS:
-                    moments[moment][name] = gathered[moment]
         return TrainingState(
-            weights=weights, moments=moments, updates=self._updates(), loss_scale=self._read_loss_scale()
+            weights=self.weights(),
+            moments={moment: self._gathered(moment) for moment in MOMENTS},
+            updates=self._updates(),
+            loss_scale=self._read_loss_scale(),
         )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of `state` alone."""
+        return self._gathered(None)
 
     def load(self, state: TrainingState) -> None:
         """Go on from a state. The module must have been built with the same weights, so that 16-bit copies agree."""
@@ -139,6 +139,15 @@ class Engine:
     def _clips_itself(self) -> bool:
         """Stage 0 in fp32 is plain torch, which reports no norm."""
         return self._optimizer is self._base
+
+    def _gathered(self, key: str | None) -> dict[str, Tensor]:
+        """Of every parameter its weights or a moment; empty but on rank 0."""
+        whole = {}
+        for name, parameter in self._student.named_parameters():
+            tensor = self._gather(parameter, key)
+            if self._world.rank == 0:
+                whole[name] = tensor
+        return whole
 
     def _gather(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

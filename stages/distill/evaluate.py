@@ -34,9 +34,9 @@ class EvaluationReport:
     """How often the student's most probable token is the teacher's."""
     top5_agreement: float
     """How often the teacher's most probable token is among the student's five."""
-    ece: float | None = None
+    ece: float
     """Expected calibration error (Naeini et al. 2015): |confidence - accuracy| of the student's most probable token, as
-    a prediction of the record's own, over bins of confidence weighted by their positions. None in older reports."""
+    a prediction of the record's own, over bins of confidence weighted by their positions."""
 
 
 def evaluate(

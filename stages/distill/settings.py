@@ -112,11 +112,18 @@ class DistillSettings:
     """Steps between checkpoints; one is written at the end and at SIGTERM in any case."""
     keep_checkpoints: int = 2
     validate_every: int = 100
+    answers: int = 2
+    """Validation prompts that the student answers whenever it is validated, for the monitor and the report."""
+    answer_tokens: int = 48
+    """Tokens of such an answer, at most. Rank 0 writes them one by one while the others wait: the metric
+    `answer_seconds` says for how long."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             if getattr(self, name) != AUTO and getattr(self, name) < 1:
                 raise ValueError(f"distill.{name} must be at least 1")
+        if self.answers < 0:
+            raise ValueError("distill.answers must not be negative")
         if self.zero_stage not in (AUTO, 0, 1, 2, 3):
             raise ValueError("distill.zero_stage must be auto, 0, 1, 2 or 3")
         if self.offload_parameters is True and self.zero_stage not in (AUTO, 3):
@@ -145,6 +152,7 @@ _COUNTS = (
     "checkpoint_every",
     "keep_checkpoints",
     "validate_every",
+    "answer_tokens",
 )
 FREE_SETTINGS = frozenset(
     {
@@ -156,6 +164,8 @@ FREE_SETTINGS = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "validate_every",
+        "answers",
+        "answer_tokens",
     }
 )
 """How a step is computed, saved or watched, not what it computes: these may differ between two starts of a run. A run

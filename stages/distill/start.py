@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR
 from shards.reader import ShardSet, Split
+from stages.distill.answers import Respondent
 from stages.distill.checkpoint import CheckpointFolder, Milestone
 from stages.distill.engine import Engine
 from stages.distill.losses.fused import BLOCK_ROWS
@@ -41,6 +43,8 @@ class Training:
     engine: Engine
     difficulty: RecordDifficulty | None
     """None where no records are mined."""
+    respondent: Respondent | None
+    """None where no answers are asked for, or there are no prompts for them."""
     done: Milestone
     """Where the run stood when it was last saved."""
 
@@ -97,15 +101,21 @@ def begin(
         engine.load(resumed[1])
         if difficulty:
             difficulty.restore(resumed[1].records)
+    dev = shards.split("dev") if "dev" in shards.splits else None
     return Training(
         world=world,
         train=train,
-        dev=shards.split("dev") if "dev" in shards.splits else None,
+        dev=dev,
         start_token_id=shards.contract.start_token_id,
         order=order,
         placement=placement,
         engine=engine,
         difficulty=difficulty,
+        respondent=(
+            Respondent(partial(fresh_student, shards, settings, shape), shards, engine, world, settings)
+            if dev is not None and settings.answers
+            else None
+        ),
         done=done,
     )
 

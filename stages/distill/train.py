@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -276,7 +277,18 @@ class _Loop:
             )
         values = {f"val_{name}": value for name, value in dataclasses.asdict(report).items() if name != "positions"}
         self._emit(Metric(stage=STAGE, step=self._done.step, values=values))
+        self._answer()
         return report
+
+    def _answer(self) -> None:
+        """Have the student answer some validation prompts, and tell what that cost."""
+        if self._training.respondent is None:
+            return
+        start = time.perf_counter()
+        for answered in self._training.respondent.answers(STAGE, self._done.step):
+            self._emit(answered)
+        values = {"answer_seconds": time.perf_counter() - start}
+        self._emit(Metric(stage=STAGE, step=self._done.step, values=values))
 
     def _save(self) -> None:
         state, difficulty = self._training.engine.state(), self._training.difficulty

@@ -160,6 +160,7 @@ def settings() -> DistillSettings:
         precision="fp32",
         checkpoint_every=3,
         validate_every=5,
+        answers=0,  # the tokenizer of these shards is none
     )
 
 

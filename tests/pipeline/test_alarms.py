@@ -9,10 +9,10 @@ import pytest
 
 from pipeline.alarms import Scene, alarms
 from pipeline.event_log import Logged
-from pipeline.history import CURVE_POINTS, Curve, History
+from pipeline.history import ANSWERS, CURVE_POINTS, Curve, History
 from pipeline.load import Load
 from pipeline.runs import RunFacts
-from stages.events import Event, Metric, Note, Progress
+from stages.events import Answered, Event, Metric, Note, Progress
 
 FACTS = RunFacts(
     name="r",
@@ -141,3 +141,14 @@ def test_a_rate_counts_what_this_start_did() -> None:
     assert history.stages["distill"].rate(since=999) == pytest.approx(0.5)
     assert history.stages["distill"].usual_pause(since=999) == 2
     assert history.stages["distill"].rate(since=2000) is None
+
+
+def test_of_many_answers_to_a_prompt_the_first_and_the_newest_are_kept() -> None:
+    history = History()
+    for step in range(0, 1000, 7):
+        event = Answered(stage="distill", step=step, prompt="6 x 7?", answer=str(step), label="42")
+        history.take([Logged(time=float(step), event=event)])
+        kept = [when for when, _ in history.answers["6 x 7?"]]
+        assert (kept[0], kept[-1]) == (0, step)
+        assert len(kept) <= ANSWERS
+    assert all(event.answer == str(when) for when, event in history.answers["6 x 7?"])

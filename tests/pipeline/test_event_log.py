@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.event_log import EventLog, EventReader
-from stages.events import Event, Metric, Note, Progress
+from stages.events import Answered, Event, Metric, Note, Progress
 
 EVENTS: list[Event] = [
     Note(stage="s", text="hallo, 世界"),
     Metric(stage="s", step=3, values={"kl": 0.5}),
     Progress(stage="s", done=1, total=2, unit="rows", bytes=7),
+    Answered(stage="s", step=3, prompt="6 x 7?", answer="41\n界", label="42"),
 ]
 
 
@@ -76,6 +77,7 @@ def test_what_is_unknown_or_no_event_is_passed_over(tmp_path: Path) -> None:
         '{"time": 1, "kind": "note", "stage": "s"}',
         '{"time": 1, "kind": "progress", "stage": "s", "done": "3", "total": 4, "unit": "rows"}',
         '{"time": 1, "kind": "metric", "stage": "s", "step": 1, "values": {"kl": "low"}}',
+        '{"time": 1, "kind": "answered", "stage": "s", "step": 1, "prompt": "?", "answer": 41, "label": "42"}',
         '{"time": "noon", "kind": "note", "stage": "s", "text": ""}',
         "[]",
         "\x00\x01",

@@ -19,7 +19,7 @@ from pipeline.load import LoadMeter, parse_gpus
 from pipeline.monitor import Watcher
 from pipeline.run import RunFolder
 from pipeline.terminal.dashboard import rendered, sparkline
-from stages.events import Metric, Note, Progress
+from stages.events import Answered, Metric, Note, Progress
 
 CLI = Path(__file__).resolve().parent.parent.parent / "cli.py"
 
@@ -34,9 +34,9 @@ def run(tmp_path: Path) -> RunFolder:
         log(Metric(stage="distill", step=step, values={"kl": 5.0 - step, "aurora": 0.25 * step}))
         log(Progress(stage="distill", done=step, total=10, unit="steps"))
         time.sleep(0.002)
+    for step, answer in ((0, "six six"), (5, "It is 41.")):
+        log(Answered(stage="distill", step=step, prompt="What is 6 x 7?", answer=answer, label="42"))
     log.close()
-    samples = [{"prompt": "What is 6 x 7?", "answer": "It is 41.", "label": "42"}]
-    run.report("evaluate", {"samples": samples})
     return run
 
 
@@ -50,7 +50,18 @@ def test_once_shows_state_progress_curves_load_notes_and_answers(run: RunFolder)
     assert done.returncode == 0, done.stderr
     for said in ("r  stopped", "50%", "5/10 steps", "kl", "aurora", "1.250", "CPU", "memory", "ranks: 2", "It is 41."):
         assert said in done.stdout
+    assert "answers after 5 steps" in done.stdout
+    assert "six six" not in done.stdout, "the newest alone"
     assert "\x1b" not in done.stdout
+
+
+def test_once_it_is_evaluated_the_answers_of_the_finished_student_are_shown(run: RunFolder) -> None:
+    (during,) = Watcher(run).look().samples
+    assert (during.step, during.answer) == (5, "It is 41.")
+    run.report("evaluate", {"samples": [{"prompt": "What is 6 x 7?", "answer": "It is 42.", "label": "42"}]})
+    view = Watcher(run).look()
+    assert [(sample.step, sample.answer) for sample in view.samples] == [(None, "It is 42.")]
+    assert "answers of the newest evaluation" in rendered(view)
 
 
 def test_json_has_the_same_and_no_number_that_json_does_not_know(run: RunFolder) -> None:

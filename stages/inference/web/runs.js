@@ -86,7 +86,11 @@ function view(run) {
   const curves = run.curves.filter((curve) => curve.values.length > 1);
   if (curves.length) parts.push(element("section", { className: "charts", "aria-label": "Curves" }, ...curves.map(chart)));
   parts.push(load(run.load));
-  if (run.samples.length) parts.push(card("Answers of the newest evaluation", ...run.samples.map(sample)));
+  if (run.samples.length) {
+    const { step } = run.samples[0];
+    const title = step === null ? "Answers of the newest evaluation" : `Answers after ${step.toLocaleString("en")} steps`;
+    parts.push(card(title, ...run.samples.map(sample)));
+  }
   if (run.notes.length) parts.push(card("Newest notes", element("ul", { className: "notes" }, ...run.notes.map(note))));
   return parts;
 }
