@@ -81,6 +81,8 @@ svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft);
 .curve-dot { fill: var(--curve); }
 .sample { margin-bottom: 12px; } .sample dt { color: var(--soft); font-size: 12px; } .sample dd { margin: 0 0 8px;
   white-space: pre-wrap; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: 6px 12px 6px 0; text-align: left; }
 pre { background: var(--band); padding: 12px; border-radius: 8px; overflow: auto; font-size: 13px; }
 """
 
@@ -105,6 +107,7 @@ def render(run: RunFolder, history: History) -> str:
         f"<h1>{_text(run.path.name)}</h1>",
         f'<p class="soft">{_text(_subtitle(summary))}</p>',
         f'<div class="tiles">{"".join(_tiles(summary))}</div>',
+        *_elsewhere(summary.get("evaluate_elsewhere", {})),
         *_charts(curves),
         *_samples(summary.get("evaluate", {}).get("samples", ())),
         *_samples_over_time(history.answers.values()),
@@ -233,6 +236,33 @@ def _pieces(points: Iterable[tuple[int, float]]) -> Iterable[list[tuple[int, flo
             piece = []
     if piece:
         yield piece
+
+
+_COLUMNS = {
+    "positions": "{:,}",
+    "kl": "{:.4f}",
+    "cross_entropy": "{:.4f}",
+    "perplexity": "{:.2f}",
+    "top1_agreement": "{:.1%}",
+    "top5_agreement": "{:.1%}",
+    "top1_accuracy": "{:.1%}",
+    "top5_accuracy": "{:.1%}",
+    "ece": "{:.1%}",
+}
+"""What is told of other text, and how; agreement is with a teacher, accuracy with the text."""
+
+
+def _elsewhere(measured: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+    """A table of the text beside the validation split that the student was measured on."""
+    if not measured:
+        return
+    names = [name for name in _COLUMNS if any(name in facts for facts in measured.values())]
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("measured on", *names))
+    yield f'<h2>Other text</h2><div class="wide"><table><tr>{head}</tr>'
+    for where, facts in measured.items():
+        cells = [_COLUMNS[name].format(facts[name]) if name in facts else "" for name in names]
+        yield f"<tr><td>{_text(where)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    yield "</table></div>"
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import math
 import subprocess
 import sys
 import time
@@ -20,15 +17,12 @@ from pipeline.recipe import Recipe
 from pipeline.report import write_report
 from pipeline.run import RunFolder
 from pipeline.sinks import listening
-from pipeline.word_problems import SOURCE, final_answer
-from stages.events import Emit, Note, silent
+from stages.events import silent
 
 if TYPE_CHECKING:
-    from shards.reader import ShardSet
     from stages.corpus.prepare import PrepareReport
     from stages.corpus.store import Corpus
-    from stages.inference.generate import Generation, Student
-    from stages.inference.settings import GenerationSettings
+    from stages.inference.generate import Generation
     from stages.teacher_cache.preflight import Check
 
 PROCESSED = Path("data/processed")
@@ -174,114 +168,6 @@ def shards_of(run: RunFolder, shards: str | None) -> Path | str:
     if not folder.is_dir():
         raise PipelineError(f"no shards in {folder}", hint="run make teacher-cache first, or name a set with SHARDS=…")
     return folder
-
-
-def evaluate(run: RunFolder, *, shards: str | None, teacher: bool = False) -> Mapping[str, Any]:
-    """The validation report: the student against the teacher's cached distributions, and its answers to prompts.
-
-    With `teacher`, the teacher is loaded too, for the KL over the whole vocabulary. Nothing is computed again for the
-    same model, shards and generation settings.
-    """
-    from shards.reader import ShardSet
-    from stages.distill.evaluate import evaluate_model
-    from stages.inference.generate import Student
-
-    require_model(run)
-    silence_loading_bars()
-    settings = run.recipe().generation
-    with run.lock("evaluate"), listening(run.events) as emit:
-        shard_set = ShardSet(shards_of(run, shards))
-        made_from = {
-            "model_sha256": hashlib.sha256((run.final_model / "model.safetensors").read_bytes()).hexdigest(),
-            "corpus_fingerprint": shard_set.contract.corpus_fingerprint,
-            "generation": dataclasses.asdict(settings),
-            "report": 3,  # what is measured; older reports lack some of it
-        }
-        standing = run.summary().get("evaluate", {})
-        whole = standing.get("whole") if standing.get("made_from") == made_from else None
-        if standing.get("made_from") == made_from and (whole or not teacher):
-            emit(Note(stage="evaluate", text="the report of this model is up to date"))
-            return dict(standing)
-        start = time.monotonic()
-        report = evaluate_model(run.final_model, shard_set, emit=emit)
-        seconds = time.monotonic() - start
-        unseen = len(shard_set.split("dev"))
-        seen = evaluate_model(run.final_model, shard_set, split="train", records=unseen, emit=emit)
-        checkable = run.recipe().corpus.source == SOURCE
-        count = max(settings.prompts, settings.checked) if checkable else settings.prompts
-        answers, speed = _answer_validation_prompts(Student.load(run.final_model), shard_set, settings, count)
-        if teacher:
-            whole = _beside_teacher(run, shard_set, emit)
-        facts = {
-            "validation": dataclasses.asdict(report),
-            "whole": whole,
-            "training": dataclasses.asdict(seen),
-            "positions_per_s": round(report.positions / seconds, 1),
-            "generated_tokens_per_s": round(speed, 1),
-            "exact_match": _exact_match(answers) if checkable and answers else None,
-            "samples": answers[: settings.prompts],
-            "made_from": made_from,
-        }
-        run.report("evaluate", facts)
-        write_card(run)
-        write_report(run)
-    return facts
-
-
-def _beside_teacher(run: RunFolder, shard_set: ShardSet, emit: Emit) -> dict[str, Any]:
-    """Raises PipelineError where the recipe's teacher is not the one that the shards are of."""
-    from stages.distill.whole_kl import whole_kl
-    from stages.teacher_cache.teacher import weights_fingerprint
-
-    settings = run.recipe().teacher
-    folder = teacher_folder(settings.model, settings.revision, emit)
-    if weights_fingerprint(folder) != shard_set.contract.teacher_fingerprint:
-        raise PipelineError(
-            f"{settings.model} is not the teacher of these shards ({shard_set.contract.teacher})",
-            hint="leave --teacher out, or evaluate a run whose recipe names that teacher",
-        )
-    return dataclasses.asdict(whole_kl(run.final_model, folder, shard_set, emit=emit))
-
-
-def _answer_validation_prompts(
-    student: Student, shard_set: ShardSet, settings: GenerationSettings, count: int
-) -> tuple[list[dict[str, str]], float]:
-    """The answers, and how many tokens a second they took."""
-    split = shard_set.split("dev")
-    start = time.monotonic()
-    records = [split[index] for index in range(min(count, len(split)))]
-    answers = student.generate_from_ids(
-        [record.prompt_ids_P.tolist() for record in records],
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-    )
-    speed = sum(len(answer.token_ids) for answer in answers) / (time.monotonic() - start)
-    samples = [
-        {
-            "prompt": student.decode(record.prompt_ids_P.tolist()),
-            "answer": answer.text,
-            "label": student.decode(record.response_ids_R.tolist()),
-        }
-        for record, answer in zip(records, answers, strict=True)
-    ]
-    return samples, speed
-
-
-def _exact_match(answers: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Share of answers whose last line is the label's, with its 95 % interval."""
-    hits = sum(final_answer(answer["answer"]) == final_answer(answer["label"]) for answer in answers)
-    low, high = wilson_interval(hits, len(answers))
-    return {"share": hits / len(answers), "low": low, "high": high, "answers": len(answers)}
-
-
-def wilson_interval(hits: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927), which holds for few answers and for none or all right."""
-    z, share = 1.959964, hits / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def generate(run: RunFolder, prompts: Sequence[str], **sampling: Any) -> list[Generation]:

@@ -73,23 +73,62 @@ def distill_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
 
 def evaluation_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
     report, seen = facts["validation"], facts["training"]
-    lines = [
+    return [
         f"positions       {report['positions']:,} of the validation split",
-        f"KL to teacher   {report['kl']:.4f} nats over its kept ids and one bucket for the rest (a lower bound)",
-        f"cross-entropy   {report['cross_entropy']:.4f} nats, perplexity {report['perplexity']:.2f}",
-        f"agreement       top-1 {report['top1_agreement']:.1%}, top-5 {report['top5_agreement']:.1%}",
-        f"calibration     {report['ece']:.1%} expected error of the most probable token's probability",
+        *_cached_lines(report),
+        *_whole_lines(facts),
+        *_text_lines(report),
         f"training split  KL {seen['kl']:.4f}, cross-entropy {seen['cross_entropy']:.4f}, "
         f"top-1 {seen['top1_agreement']:.1%} on {seen['positions']:,} positions",
-        f"speed           {facts['positions_per_s']:,.0f} positions/s measured, "
-        f"{facts['generated_tokens_per_s']:,.0f} tokens/s generated",
+        *_answer_lines(facts, run),
     ]
-    if whole := facts.get("whole"):
-        lines.insert(
-            2,
-            f"whole KL        {whole['kl']:.4f} nats over the whole vocabulary, beside the teacher itself, "
-            f"whose entropy is {whole['teacher_entropy']:.4f}",
-        )
+
+
+def elsewhere_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
+    """Of text beside the standing report; what needs a teacher's cache is there only where there was one."""
+    return [
+        f"positions       {facts['positions']:,}, {facts['where']}",
+        *(_cached_lines(facts) if "kl" in facts else _unread_lines(facts)),
+        *_whole_lines(facts),
+        *_text_lines(facts),
+        *_answer_lines(facts, run),
+    ]
+
+
+def _cached_lines(report: Mapping[str, Any]) -> list[str]:
+    return [
+        f"KL to teacher   {report['kl']:.4f} nats over its kept ids and one bucket for the rest (a lower bound)",
+        f"agreement       top-1 {report['top1_agreement']:.1%}, top-5 {report['top5_agreement']:.1%}",
+    ]
+
+
+def _unread_lines(report: Mapping[str, Any]) -> list[str]:
+    return [
+        f"accuracy        top-1 {report['top1_accuracy']:.1%}, top-5 {report['top5_accuracy']:.1%} of the text's tokens"
+    ]
+
+
+def _whole_lines(facts: Mapping[str, Any]) -> list[str]:
+    if not (whole := facts["whole"]):
+        return []
+    return [
+        f"whole KL        {whole['kl']:.4f} nats over the whole vocabulary, beside the teacher itself, "
+        f"whose entropy is {whole['teacher_entropy']:.4f}"
+    ]
+
+
+def _text_lines(report: Mapping[str, Any]) -> list[str]:
+    return [
+        f"cross-entropy   {report['cross_entropy']:.4f} nats, perplexity {report['perplexity']:.2f}",
+        f"calibration     {report['ece']:.1%} expected error of the most probable token's probability",
+    ]
+
+
+def _answer_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
+    lines = [
+        f"speed           {facts['positions_per_s']:,.0f} positions/s measured, "
+        f"{facts['generated_tokens_per_s']:,.0f} tokens/s generated"
+    ]
     if match := facts["exact_match"]:
         lines.append(
             f"exact match     {match['share']:.1%} of {match['answers']} answers end as the label does "

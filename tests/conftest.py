@@ -102,7 +102,7 @@ def _serving(app: Any) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def save_byte_tokenizer() -> Callable[[Path], None]:
+def save_byte_tokenizer() -> Callable[..., None]:
     return _save_tokenizer
 
 
@@ -182,7 +182,7 @@ def _record(tokenizer, number: int):  # type: ignore[no-untyped-def]
     )
 
 
-def _save_tokenizer(folder: Path) -> None:
+def _save_tokenizer(folder: Path, words: str = "one two three four") -> None:
     """Bytes and little more, so that one character of Chinese is several tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -196,7 +196,7 @@ def _save_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(["one two three four"] * 4, trainer)
+    bpe.train_from_iterator([words] * 4, trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="<|im_start|>",

@@ -114,16 +114,32 @@ def distill(
 def evaluate(
     name: RunOption = None,
     shards: ShardsOption = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Measure all of this split: validation or train; of any set.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Measure on the rows of this JSONL, which no teacher has read.")
+    ] = None,
     teacher: Annotated[
         bool, typer.Option("--teacher", help="Load the teacher too: KL over the whole vocabulary.")
     ] = False,
 ) -> None:
     """Compare the student with its teacher.
 
-    On the validation split that stage one cached: KL, cross-entropy, agreement, and answers to prompts.
+    On the validation split that stage one cached: KL, cross-entropy, agreement, and answers to prompts. With --split
+    or --data, on other text instead: a split of any set of the student's tokenizer (--shards), or plain rows.
     """
-    from pipeline import steps
-    from pipeline.summary import evaluation_lines
+    from pipeline import evaluation
+    from pipeline.errors import UsageError
+    from pipeline.summary import elsewhere_lines, evaluation_lines
 
+    if data is not None and (split or shards):
+        raise UsageError("--data is measured by itself", hint="leave --split and --shards out")
     run = finished_run(name)
-    print_lines(evaluation_lines(steps.evaluate(run, shards=shards, teacher=teacher), run))
+    if data is not None:
+        print_lines(elsewhere_lines(evaluation.evaluate_rows(run, data, teacher=teacher), run))
+    elif split is not None:
+        facts = evaluation.evaluate_split(run, shards=shards, split=split, teacher=teacher)
+        print_lines(elsewhere_lines(facts, run))
+    else:
+        print_lines(evaluation_lines(evaluation.evaluate(run, shards=shards, teacher=teacher), run))

@@ -67,8 +67,8 @@ class PrepareReport:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Tally:
-    """Filled while `_tokenise` runs."""
+class Tally:
+    """Filled while `tokenise` runs."""
 
     dropped: Counter[str]
     kept: list[int] = field(default_factory=list)
@@ -143,9 +143,9 @@ def _make(
     order = rank(found.sample_keys_S, found.prompt_keys_S, seed=settings.seed)
     # The rejects are there to be read even if nothing else comes of the source.
     (staging / REJECTS).replace(out / REJECTS)
-    tally = _Tally(dropped=found.dropped + Counter(duplicate=len(found.offsets_S) - len(order)))
+    tally = Tally(dropped=found.dropped + Counter(duplicate=len(found.offsets_S) - len(order)))
     spool = staging / "spool.arrow"
-    write_samples(spool, _tokenise(order.tolist(), found, tokenizer, settings, tally, emit))
+    write_samples(spool, tokenise(order.tolist(), found, tokenizer, settings, tally, emit))
     written = _write_splits(spool, found, settings, tally, staging)
 
     kept = sum(split.rows for split in written.values())
@@ -183,12 +183,12 @@ def _make(
     return report
 
 
-def _tokenise(
+def tokenise(
     order: list[int],
     found: Catalogue,
     tokenizer: ChatTokenizer,
     settings: CorpusSettings,
-    tally: _Tally,
+    tally: Tally,
     emit: Emit,
 ) -> Iterator[Sample]:
     """Samples in rank order, as many as both splits may hold together."""
@@ -223,7 +223,7 @@ def _tokenise(
 
 
 def _write_splits(
-    spool: Path, found: Catalogue, settings: CorpusSettings, tally: _Tally, staging: Path
+    spool: Path, found: Catalogue, settings: CorpusSettings, tally: Tally, staging: Path
 ) -> dict[str, Written]:
     samples = Samples(spool)
     split = divide(
@@ -252,7 +252,7 @@ def _require_both(report: PrepareReport, source: Path) -> None:
     )
 
 
-def _tell(report: PrepareReport, settings: CorpusSettings, tally: _Tally, emit: Emit) -> None:
+def _tell(report: PrepareReport, settings: CorpusSettings, tally: Tally, emit: Emit) -> None:
     kept, wanted = report.train + report.dev, settings.train_size + settings.val_size
     if kept < wanted:
         _note(
@@ -260,10 +260,14 @@ def _tell(report: PrepareReport, settings: CorpusSettings, tally: _Tally, emit: 
             f"{kept:,} of the {wanted:,} samples asked for: {report.train:,} train and {report.dev:,} validation, "
             "in the ratio asked for",
         )
-    for reason, count in report.dropped.items():
+    tell_left_out(report.dropped, settings, tally, emit)
+
+
+def tell_left_out(dropped: Mapping[str, int], settings: CorpusSettings, tally: Tally, emit: Emit) -> None:
+    for reason, count in dropped.items():
         _note(emit, f"{count:,} rows left out: {reason}")
-    if report.cut:
-        _note(emit, f"{report.cut:,} responses cut at {settings.max_response_tokens:,} tokens")
+    if tally.cut:
+        _note(emit, f"{tally.cut:,} responses cut at {settings.max_response_tokens:,} tokens")
     if tally.refusal:
         _note(emit, f"the chat template's first refusal: {tally.refusal}", level="warning")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shards.reader import ShardSet, Split
 from stages.distill.batches import Batch, Prefetcher, assemble
-from stages.distill.losses.fused import CALIBRATION_BINS
+from stages.distill.calibration import CALIBRATION_BINS, calibration_error
 from stages.distill.objective import EVALUATION_SUMS, DistillModule, LossTerms
 from stages.distill.order import Indices, record_lengths, sharded_pass
 from stages.distill.settings import ObjectiveSettings
@@ -35,8 +35,7 @@ class EvaluationReport:
     top5_agreement: float
     """How often the teacher's most probable token is among the student's five."""
     ece: float
-    """Expected calibration error (Naeini et al. 2015): |confidence - accuracy| of the student's most probable token, as
-    a prediction of the record's own, over bins of confidence weighted by their positions."""
+    """Expected calibration error of the student's most probable token, as a guess at the record's own."""
 
 
 def evaluate(
@@ -70,7 +69,6 @@ def evaluate(
     named, calibration = total(sums).split([len(EVALUATION_SUMS), 3 * CALIBRATION_BINS])
     totals = dict(zip(EVALUATION_SUMS, named.tolist(), strict=True))
     positions = totals.pop("positions")
-    _, confidence_C, hits_C = calibration.view(CALIBRATION_BINS, 3).unbind(1)
     mean = {name: value / positions for name, value in totals.items()}
     return EvaluationReport(
         positions=int(positions),
@@ -79,7 +77,7 @@ def evaluate(
         perplexity=math.exp(min(mean["ce"], 700.0)),
         top1_agreement=mean["top1"],
         top5_agreement=mean["top5"],
-        ece=float((confidence_C - hits_C).abs().sum()) / positions,
+        ece=calibration_error(calibration.view(CALIBRATION_BINS, 3)),
     )
 
 

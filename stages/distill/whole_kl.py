@@ -5,7 +5,7 @@ Both sides' logits exist for one block of positions at a time; the teacher's bod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shards.reader import ShardSet
-from shards.record import Record
-from stages.distill.batches import assemble
+from stages.distill.passages import Text, blocks, student_rows
 from stages.errors import StageError
 from stages.events import Emit, Progress, silent
 
@@ -49,12 +47,12 @@ class WholeTeacher:
         """Ids that its head has a row for, padding included."""
         return int(self._model.get_output_embeddings().weight.shape[0])
 
-    def rows(self, record: Record) -> Tensor:
-        """The body's output where it predicts the record's positions, [N, width]."""
-        tokens = torch.tensor([[*record.prompt_ids_P.tolist(), *record.response_ids_R.tolist()]])
-        first = record.prompt_ids_P.size - 1 + record.first_position
+    def rows(self, text: Text) -> Tensor:
+        """The body's output where it predicts the text's positions, [N, width]."""
+        tokens = torch.tensor([[*text.prompt_ids_P.tolist(), *text.response_ids_R.tolist()]])
+        first = text.prompt_ids_P.size - 1 + text.first_position
         body_1SW = self._model.base_model(tokens.to(self._model.device)).last_hidden_state
-        rows_NW: Tensor = body_1SW[0, first : first + record.positions]
+        rows_NW: Tensor = body_1SW[0, first : first + text.positions]
         return rows_NW
 
     def logits(self, rows_NW: Tensor) -> Tensor:
@@ -79,13 +77,12 @@ class WholeTeacher:
 def whole_kl(
     model_folder: Path,
     teacher_folder: Path,
-    shards: ShardSet,
+    texts: Sequence[Text],
     *,
-    split: str = "dev",
     block_rows: int = BLOCK_ROWS,
     emit: Emit = silent,
 ) -> WholeReport:
-    """Measure a saved student on every predicted position of a split, in this process.
+    """Measure a saved student on every position of some texts, in this process.
 
     Raises StageError for a teacher whose logits cannot be taken block by block, or whose vocabulary is smaller.
     """
@@ -95,30 +92,22 @@ def whole_kl(
     student = MiniCodformerForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
     student.eval().to(device)
     teacher = WholeTeacher(teacher_folder, device=device)
-    records, width = shards.split(split), student.config.vocab_size
+    width = student.config.vocab_size
     if teacher.vocab_size < width:
         raise StageError(
             f"the teacher knows {teacher.vocab_size} ids, the student {width}",
             hint="name the teacher whose shards the student was trained on",
         )
     sums = torch.zeros(4, dtype=torch.float64)
-    for done, record in enumerate(records, 1):
-        rows_NW = teacher.rows(record)
-        rows_ND = _student_rows(student, record, shards.contract.start_token_id)
-        for block in _blocks(len(rows_NW), block_rows):
+    for done, text in enumerate(texts, 1):
+        rows_NW, rows_ND = teacher.rows(text), student_rows(student, text)
+        for block in blocks(text.positions, block_rows):
             log_p_NV = teacher.logits(rows_NW[block])[:, :width].log_softmax(1)
             sums += _compared(log_p_NV, student.lm_head(rows_ND[block]).float())
-        emit(Progress(stage="evaluate", done=done, total=len(records), unit="records beside the teacher"))
+        emit(Progress(stage="evaluate", done=done, total=len(texts), unit="texts beside the teacher"))
     positions, *totals = sums.tolist()
     kl, entropy, agreed = (total / positions for total in totals)
     return WholeReport(positions=int(positions), kl=kl, teacher_entropy=entropy, top1_agreement=agreed)
-
-
-def _student_rows(student: Any, record: Record, start_token_id: int) -> Tensor:
-    batch = assemble([record], start_token_id).to(student.device)
-    hidden = student.hidden(batch.prompt_ids_BP, batch.prompt_mask_BP, batch.decoder_ids_BT, batch.decoder_mask_BT)
-    rows_ND: Tensor = student.output_hidden(hidden.decoder_BTD.flatten(0, 1)[batch.rows_N])
-    return rows_ND
 
 
 def _compared(log_p_NV: Tensor, logits_NV: Tensor) -> Tensor:
@@ -129,8 +118,3 @@ def _compared(log_p_NV: Tensor, logits_NV: Tensor) -> Tensor:
     entropy = -(p_NV * log_p_NV).sum(dtype=torch.float64)
     agreed = (log_p_NV.argmax(1) == log_q_NV.argmax(1)).sum()
     return torch.stack([kl.new_tensor(len(p_NV)), kl, entropy, agreed.double()]).cpu()
-
-
-def _blocks(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, start + size)

@@ -13,7 +13,7 @@ from selections import SELECTIONS, contract_of, record_of, without_prompt_rows
 
 from shards.record import Record
 from stages.distill.batches import Batch, assemble
-from stages.distill.losses.fused import CALIBRATION_BINS
+from stages.distill.calibration import CALIBRATION_BINS
 from stages.distill.losses.table import LOSSES, DistillationLoss, require_supported
 from stages.distill.objective import EVALUATION_SUMS, SUMS, DistillModule, Emphasis, left_out, told_names
 from stages.distill.settings import TEMPERATURE_MODES, ObjectiveSettings

@@ -49,7 +49,7 @@ def test_it_is_the_kl_of_full_distributions(
     from stages.student.model import MiniCodformerForConditionalGeneration
 
     shard_set = ShardSet(shards)
-    report = whole_kl(student_folder, save_teacher(tmp_path, 224), shard_set, block_rows=block_rows)
+    report = whole_kl(student_folder, save_teacher(tmp_path, 224), shard_set.split("dev"), block_rows=block_rows)
     teacher = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     student = MiniCodformerForConditionalGeneration.from_pretrained(student_folder, dtype=torch.float64).eval()
     kl = entropy = agreed = positions = 0.0
@@ -69,10 +69,10 @@ def test_it_is_the_kl_of_full_distributions(
     assert report.top1_agreement == pytest.approx(agreed / positions)
 
 
-def test_a_teacher_that_cannot_be_compared_is_refused(shards: Path, student_folder: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_cannot_be_compared_is_refused(student_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="the teacher knows 100 ids, the student 211"):
-        whole_kl(student_folder, save_teacher(tmp_path / "other", 100), ShardSet(shards))
+        whole_kl(student_folder, save_teacher(tmp_path / "other", 100), [])
     capped = Gemma2Config(vocab_size=211, final_logit_softcapping=2.0, **TINY)
     Gemma2ForCausalLM(capped).save_pretrained(tmp_path / "capped")
     with pytest.raises(StageError, match="not those of its head alone"):
-        whole_kl(student_folder, tmp_path / "capped", ShardSet(shards))
+        whole_kl(student_folder, tmp_path / "capped", [])

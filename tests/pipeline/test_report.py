@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import steps
+from pipeline import evaluation
 from pipeline.errors import PipelineError
 from pipeline.history import Curve
 from pipeline.report import REPORT, chart, write_report
@@ -138,7 +138,7 @@ def with_recipe(folder: Path, old: str, new: str) -> RunFolder:
 
 
 def test_beside_the_teacher_itself_the_whole_kl_is_told(
-    finished_run: Path, tmp_path: Path, save_byte_tokenizer: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+    finished_run: Path, tmp_path: Path, save_byte_tokenizer: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -149,20 +149,26 @@ def test_beside_the_teacher_itself_the_whole_kl_is_told(
     save_byte_tokenizer(tmp_path / "teacher")
     run = with_recipe(finished_run, '"demo:smollm2-135m-instruct"', json.dumps(str(tmp_path / "teacher")))
     with pytest.raises(PipelineError, match=r"is not the teacher of these shards \(made-up/teacher\)"):
-        steps.evaluate(run, shards=None, teacher=True)
-    without = steps.evaluate(run, shards=None)
+        evaluation.evaluate(run, shards=None, teacher=True)
+    without = evaluation.evaluate(run, shards=None)
     assert without["whole"] is None
     monkeypatch.setattr("stages.teacher_cache.teacher.weights_fingerprint", lambda _: contract.teacher_fingerprint)
-    facts = steps.evaluate(run, shards=None, teacher=True)
+    facts = evaluation.evaluate(run, shards=None, teacher=True)
     assert facts["whole"]["positions"] == facts["validation"]["positions"]
     assert f"{facts['whole']['kl']:.4f} nats over the whole vocabulary" in "\n".join(evaluation_lines(facts, run))
     assert "KL over the whole vocabulary, nats" in (run.path / REPORT).read_text(encoding="utf-8")
-    assert steps.evaluate(run, shards=None) == facts, "what was measured stays, without a teacher too"
+    assert evaluation.evaluate(run, shards=None) == facts, "what was measured stays, without a teacher too"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input": "What is 7 + 7?", "content": "It is 14."}))
+    rows = evaluation.evaluate_rows(run, tmp_path / "rows.jsonl", teacher=True)
+    assert rows["whole"]["positions"] == rows["positions"] > 0
+    save_byte_tokenizer(tmp_path / "teacher", "three four five six")
+    with pytest.raises(PipelineError, match="has another tokenizer than"):
+        evaluation.evaluate_rows(run, tmp_path / "rows.jsonl", teacher=True)
 
 
 def test_evaluation_measures_seen_and_unseen_records_answers_and_speed(finished_run: Path) -> None:
     run = with_recipe(finished_run, "prompts = 3", "prompts = 1")
-    facts = steps.evaluate(run, shards=None)
+    facts = evaluation.evaluate(run, shards=None)
     assert facts["training"]["positions"] > 0
     assert facts["training"] != facts["validation"]
     assert 0 <= facts["validation"]["ece"] <= 1
@@ -176,15 +182,15 @@ def test_evaluation_measures_seen_and_unseen_records_answers_and_speed(finished_
     assert "of 2 answers are right; 95 % interval 0.0% to" in (run.path / REPORT).read_text(encoding="utf-8")
     assert "training split  KL" in lines
     assert (run.path / REPORT).is_file()
-    assert steps.evaluate(run, shards=None) == facts
+    assert evaluation.evaluate(run, shards=None) == facts
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 3), (3, 3), (1, 40), (20, 40), (7, 200)])
 def test_the_interval_is_the_shares_that_would_not_be_rejected(hits: int, count: int) -> None:
     """Wilson's ends p solve |hits / n - p| = 1.96 sqrt(p (1 - p) / n)."""
-    for end in steps.wilson_interval(hits, count):
+    for end in evaluation.wilson_interval(hits, count):
         assert (hits / count - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / count, abs=1e-12)
-    low, high = steps.wilson_interval(hits, count)
+    low, high = evaluation.wilson_interval(hits, count)
     assert 0 <= low <= hits / count + 1e-12
     assert hits / count - 1e-12 <= high <= 1
     assert low < high

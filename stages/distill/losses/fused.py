@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stages.distill.calibration import calibration_table
 from stages.distill.losses.rows import RowLoss, Rows, StudentRows, TeacherRows
 from stages.wide_topk import select_topk
 
 # Rows whose full-width logits exist at once. More rows spread the cost of accumulating [V, D] over more of them.
 BLOCK_ROWS = {"cpu": 256, "cuda": 1024}
-
-CALIBRATION_BINS = 15
 
 Terms = Sequence[tuple[RowLoss, float]]
 """Losses and their weights."""
@@ -61,8 +60,8 @@ class FusedRows(NamedTuple):
     """bool: it is among the student's five most probable. Looked up only where gradients are switched off, because it
     costs half as much as the logits."""
     calibration_C3: Tensor | None
-    """Looked up with it, for the student's most probable id in bins of equal width by its probability: rows, the sum of
-    those probabilities, and how often the label is that id."""
+    """Looked up with it: the table of `stages.distill.calibration`, of the student's most probable id as a guess at the
+    label."""
 
 
 def fused_rows(
@@ -86,7 +85,7 @@ def fused_rows(
         best_N5, ids_N5 = logits_NV.topk(5, 1)
         top5.append(first_N >= best_N5[:, 4])
         confidence_N = (best_N5[:, 0] - logits_NV.logsumexp(1)).exp()
-        calibration.append(_calibration(confidence_N, ids_N5[:, 0] == block_teacher.labels_N))
+        calibration.append(calibration_table(confidence_N, ids_N5[:, 0] == block_teacher.labels_N))
         block = _Block(logits_NV, spare_NV, block_teacher, what)
         block_sums, told_N = _sums(block.rows(), what)
         sums.append(block_sums)
@@ -125,12 +124,6 @@ class _FusedRows(torch.autograd.Function):
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         grad_weight_VD = (grad_weight_VD * grad_objective).to(ctx.weight_dtype)
         return grad_hidden_ND * grad_objective.to(grad_hidden_ND.dtype), grad_weight_VD, None, None, None
-
-
-def _calibration(confidence_N: Tensor, hit_N: Tensor) -> Tensor:
-    bins_N = (confidence_N * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
-    values_N3 = torch.stack([torch.ones_like(confidence_N), confidence_N, hit_N.to(confidence_N.dtype)], 1)
-    return values_N3.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins_N, values_N3)
 
 
 def rows_from_logits(logits_NV: Tensor, teacher: TeacherRows, what: RowObjective) -> tuple[Tensor, tuple[Tensor, ...]]:

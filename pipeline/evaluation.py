@@ -1,0 +1,249 @@
+"""A finished student measured: the standing report of its run, and the same measures on other text.
+
+The standing report compares it with its teacher on the validation split and on as many records of the training split,
+and has it answer prompts. Other text is either split of any set of the same tokenizer, or rows that nobody cached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.assets import teacher_folder
+from pipeline.card import write_card
+from pipeline.errors import PipelineError, UsageError
+from pipeline.report import write_report
+from pipeline.run import RunFolder
+from pipeline.sinks import listening
+from pipeline.steps import require_model, shards_of, silence_loading_bars
+from pipeline.word_problems import SOURCE, final_answer
+from stages.events import Emit, Note
+
+if TYPE_CHECKING:
+    from shards.contract import Contract
+    from shards.reader import ShardSet, Split
+    from stages.distill.evaluate import EvaluationReport
+    from stages.distill.own_text import TextReport
+    from stages.distill.passages import Text
+
+SPLITS = {"validation": "dev", "train": "train"}
+"""As people call them, and as shards do."""
+ELSEWHERE = "evaluate_elsewhere"
+"""Where summary.json holds what was measured beside the standing report, by what it was measured on."""
+
+
+def evaluate(run: RunFolder, *, shards: str | None, teacher: bool = False) -> Mapping[str, Any]:
+    """The standing report: the student against the teacher's cached distributions, and its answers to prompts.
+
+    With `teacher`, the teacher is loaded too, for the KL over the whole vocabulary. Nothing is computed again for the
+    same model, shards and generation settings. Raises UsageError for a set that it was not trained on.
+    """
+    from shards.reader import ShardSet
+    from stages.distill.evaluate import evaluate_model
+
+    require_model(run)
+    silence_loading_bars()
+    with run.lock("evaluate"), listening(run.events) as emit:
+        shard_set = ShardSet(shards_of(run, shards))
+        _require_own(run, shard_set)
+        made_from = {
+            "model_sha256": hashlib.sha256((run.final_model / "model.safetensors").read_bytes()).hexdigest(),
+            "corpus_fingerprint": shard_set.contract.corpus_fingerprint,
+            "generation": dataclasses.asdict(run.recipe().generation),
+            "report": 3,  # what is measured; older reports lack some of it
+        }
+        standing = run.summary().get("evaluate", {})
+        whole = standing.get("whole") if standing.get("made_from") == made_from else None
+        if standing.get("made_from") == made_from and (whole or not teacher):
+            emit(Note(stage="evaluate", text="the report of this model is up to date"))
+            return dict(standing)
+        dev = shard_set.split("dev")
+        report, rate = _timed(lambda: evaluate_model(run.final_model, shard_set, emit=emit))
+        seen = evaluate_model(run.final_model, shard_set, split="train", records=len(dev), emit=emit)
+        facts = {
+            "validation": report,
+            "whole": _beside_teacher(run, dev, shard_set.contract, emit) if teacher else whole,
+            "training": dataclasses.asdict(seen),
+            "positions_per_s": rate,
+            **_answered(run, dev, checkable=run.recipe().corpus.source == SOURCE),
+            "made_from": made_from,
+        }
+        run.report("evaluate", facts)
+        write_card(run)
+        write_report(run)
+    return facts
+
+
+def evaluate_split(run: RunFolder, *, shards: str | None, split: str, teacher: bool = False) -> Mapping[str, Any]:
+    """One split of a set of the student's tokenizer, whichever it was trained on.
+
+    Raises UsageError for no such split, PipelineError for another tokenizer or, with `teacher`, another teacher.
+    """
+    from shards.reader import ShardSet
+    from stages.distill.evaluate import evaluate_model
+
+    require_model(run)
+    silence_loading_bars()
+    with run.lock("evaluate"), listening(run.events) as emit:
+        shard_set = ShardSet(shards_of(run, shards))
+        _require_tokenizer(run, shard_set)
+        records = _split(shard_set, split)
+        report, rate = _timed(lambda: evaluate_model(run.final_model, shard_set, split=SPLITS[split], emit=emit))
+        facts = {
+            **report,
+            "whole": _beside_teacher(run, records, shard_set.contract, emit) if teacher else None,
+            "positions_per_s": rate,
+            **_answered(run, records, checkable=run.recipe().corpus.source == SOURCE),
+        }
+        return _told(run, f"{split} split of {shard_set.where}", facts)
+
+
+def evaluate_rows(run: RunFolder, source: Path, *, teacher: bool = False) -> Mapping[str, Any]:
+    """Rows of a JSONL that no teacher has read: against their own tokens and, with `teacher`, the recipe's teacher.
+
+    An answer is exact where its last line is the row's. Raises StageError for a file without a usable row.
+    """
+    from stages.corpus.chat import read_thinking
+    from stages.corpus.unseen import read_unseen
+    from stages.distill.own_text import evaluate_text
+    from stages.distill.passages import Passage
+
+    require_model(run)
+    silence_loading_bars()
+    with run.lock("evaluate"), listening(run.events) as emit:
+        samples = read_unseen(
+            source,
+            tokenizer_folder=run.final_model,
+            settings=dataclasses.replace(run.recipe().corpus, thinking=read_thinking(run.final_model)),
+            rejects=run.path / "evaluate-rejects.jsonl",
+            emit=emit,
+        )
+        passages = [Passage(prompt_ids_P=sample.prompt_ids, response_ids_R=sample.response_ids) for sample in samples]
+        report, rate = _timed(lambda: evaluate_text(run.final_model, passages, emit=emit))
+        facts = {
+            **report,
+            "whole": _beside_teacher(run, passages, None, emit) if teacher else None,
+            "positions_per_s": rate,
+            **_answered(run, passages, checkable=True),
+        }
+        return _told(run, f"rows of {source}", facts)
+
+
+def _told(run: RunFolder, where: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keep the last measures of each text, for the report."""
+    run.report(ELSEWHERE, {**run.summary().get(ELSEWHERE, {}), where: facts})
+    write_report(run)
+    return {"where": where, **facts}
+
+
+def _timed(measure: Callable[[], EvaluationReport | TextReport]) -> tuple[dict[str, Any], float]:
+    """A report, and the positions a second that it took."""
+    start = time.monotonic()
+    report = measure()
+    return dataclasses.asdict(report), round(report.positions / (time.monotonic() - start), 1)
+
+
+def _split(shard_set: ShardSet, split: str) -> Split:
+    if split not in SPLITS:
+        raise UsageError(f"no split {split!r}", hint=f"there are {' and '.join(SPLITS)}")
+    if SPLITS[split] not in shard_set.splits:
+        there = ", ".join(known for known, name in SPLITS.items() if name in shard_set.splits)
+        raise UsageError(f"{shard_set.where} has no {split} split", hint=f"it has: {there}")
+    return shard_set.split(SPLITS[split])
+
+
+def _require_own(run: RunFolder, shard_set: ShardSet) -> None:
+    _require_tokenizer(run, shard_set)
+    ours = _identity(run).get("contract.corpus_fingerprint")
+    if ours not in (None, shard_set.contract.corpus_fingerprint):
+        raise UsageError(
+            f"{shard_set.where} is not the set that this student was trained on",
+            hint="add --split validation or --split train to measure it on another set",
+        )
+
+
+def _require_tokenizer(run: RunFolder, shard_set: ShardSet) -> None:
+    from stages.corpus.fingerprint import tokenizer_fingerprint
+
+    if shard_set.contract.tokenizer_fingerprint != tokenizer_fingerprint(run.final_model):
+        raise PipelineError(
+            f"{shard_set.where} is of another tokenizer than {run.final_model}",
+            hint="measure on the rows themselves (--data rows.jsonl), or cache them with this student's own teacher",
+        )
+
+
+def _identity(run: RunFolder) -> Mapping[str, Any]:
+    """What the student was trained from, as far as its folder tells."""
+    from stages.distill.export import exported_facts
+
+    facts = exported_facts(run.final_model) or {}
+    identity: Mapping[str, Any] = facts.get("identity", {})
+    return identity
+
+
+def _beside_teacher(run: RunFolder, texts: Sequence[Text], contract: Contract | None, emit: Emit) -> dict[str, Any]:
+    """Raises PipelineError where the recipe's teacher is not the one of `contract`, or of another tokenizer."""
+    from stages.corpus.fingerprint import tokenizer_fingerprint
+    from stages.distill.whole_kl import whole_kl
+    from stages.teacher_cache.teacher import weights_fingerprint
+
+    settings = run.recipe().teacher
+    folder = teacher_folder(settings.model, settings.revision, emit)
+    hint = "leave --teacher out, or evaluate a run whose recipe names that teacher"
+    if contract is not None and weights_fingerprint(folder) != contract.teacher_fingerprint:
+        raise PipelineError(f"{settings.model} is not the teacher of these shards ({contract.teacher})", hint=hint)
+    if tokenizer_fingerprint(folder) != tokenizer_fingerprint(run.final_model):
+        raise PipelineError(f"{settings.model} has another tokenizer than {run.final_model}", hint=hint)
+    return dataclasses.asdict(whole_kl(run.final_model, folder, texts, emit=emit))
+
+
+def _answered(run: RunFolder, texts: Sequence[Text], *, checkable: bool) -> dict[str, Any]:
+    """The student's answers to the first prompts: how fast, how many are exact, and some of them."""
+    from stages.inference.generate import Student
+
+    settings = run.recipe().generation
+    student = Student.load(run.final_model)
+    count = max(settings.prompts, settings.checked) if checkable else settings.prompts
+    asked = [texts[index] for index in range(min(count, len(texts)))]
+    start = time.monotonic()
+    answers = student.generate_from_ids(
+        [text.prompt_ids_P.tolist() for text in asked],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
+    )
+    seconds = time.monotonic() - start
+    samples = [
+        {
+            "prompt": student.decode(text.prompt_ids_P.tolist()),
+            "answer": answer.text,
+            "label": student.decode(text.response_ids_R.tolist()),
+        }
+        for text, answer in zip(asked, answers, strict=True)
+    ]
+    return {
+        "generated_tokens_per_s": round(sum(len(answer.token_ids) for answer in answers) / seconds, 1),
+        "exact_match": _exact_match(samples) if checkable and samples else None,
+        "samples": samples[: settings.prompts],
+    }
+
+
+def _exact_match(answers: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Share of answers whose last line is the label's, with its 95 % interval."""
+    hits = sum(final_answer(answer["answer"]) == final_answer(answer["label"]) for answer in answers)
+    low, high = wilson_interval(hits, len(answers))
+    return {"share": hits / len(answers), "low": low, "high": high, "answers": len(answers)}
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, 1927), which holds for few answers and for none or all right."""
+    z, share = 1.959964, hits / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)

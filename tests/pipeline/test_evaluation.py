@@ -1,0 +1,120 @@
+"""Beside the standing report: either split of any set of the same tokenizer, and rows that nobody cached."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cli import app
+from pipeline import evaluation
+from pipeline.errors import PipelineError, UsageError
+from pipeline.report import REPORT
+from pipeline.run import RunFolder
+from shards.contract import Contract
+from shards.manifest import begin, seal
+from shards.reader import ShardSet
+from shards.writer import write_shard
+from stages.distill.evaluate import evaluate_model
+
+
+@pytest.fixture
+def run(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.chdir(finished_run.parent.parent)
+    return RunFolder(finished_run)
+
+
+@pytest.fixture
+def other_set(run: RunFolder, tmp_path: Path) -> Callable[..., Path]:
+    """The validation records of the run as the train split of a set whose contract differs."""
+
+    def write(**changes: object) -> Path:
+        own = ShardSet(run.shards)
+        contract: Contract = dataclasses.replace(own.contract, **changes)  # type: ignore[arg-type]
+        folder = tmp_path / "other"
+        begin(folder, contract)
+        seal(folder, contract, [write_shard(folder, "train-00000", "train", contract, list(own.split("dev")))])
+        return folder
+
+    return write
+
+
+def evaluate(*words: str) -> str:
+    done = CliRunner().invoke(app, ["evaluate", "--name", "tiny", *words])
+    if done.exception:
+        raise done.exception
+    return done.stdout
+
+
+def test_either_split_is_measured_whole_and_kept_beside_the_standing_report(run: RunFolder) -> None:
+    told = evaluate("--split", "train")
+    want = evaluate_model(run.final_model, ShardSet(run.shards), split="train")
+    assert f"KL to teacher   {want.kl:.4f} nats" in told
+    assert f"top-1 {want.top1_agreement:.1%}, top-5 {want.top5_agreement:.1%}" in told
+    standing = run.summary()["evaluate"]
+    evaluate("--split", "validation")
+    summary = run.summary()
+    assert summary["evaluate"] == standing
+    facts = list(summary["evaluate_elsewhere"].values())
+    assert [fact["positions"] for fact in facts] == [
+        int(ShardSet(run.shards).split(name).positions.sum()) for name in ("train", "dev")
+    ]
+    assert all(fact["positions_per_s"] > 0 < fact["generated_tokens_per_s"] for fact in facts)
+    page = (run.path / REPORT).read_text(encoding="utf-8")
+    assert "Other text" in page
+    assert f"{want.kl:.4f}" in page
+
+
+def test_another_set_of_the_same_tokenizer_is_measured(run: RunFolder, other_set: Callable[..., Path]) -> None:
+    folder = other_set(corpus_fingerprint="d" * 64)
+    facts = evaluation.evaluate_split(run, shards=str(folder), split="train")
+    own = evaluate_model(run.final_model, ShardSet(run.shards))
+    assert facts["kl"] == pytest.approx(own.kl, rel=1e-6)
+    with pytest.raises(UsageError, match="has no validation split") as refused:
+        evaluation.evaluate_split(run, shards=str(folder), split="validation")
+    assert refused.value.hint == "it has: train"
+    with pytest.raises(UsageError, match="no split 'test'"):
+        evaluation.evaluate_split(run, shards=None, split="test")
+
+
+def test_the_standing_report_is_of_the_set_it_was_trained_on(run: RunFolder, other_set: Callable[..., Path]) -> None:
+    facts = json.loads((run.final_model / "training.json").read_text())
+    own = ShardSet(run.shards).contract.corpus_fingerprint
+    facts["identity"] = {"contract.corpus_fingerprint": own}
+    (run.final_model / "training.json").write_text(json.dumps(facts))
+    with pytest.raises(UsageError, match="is not the set that this student was trained on") as refused:
+        evaluation.evaluate(run, shards=str(other_set(corpus_fingerprint="d" * 64)))
+    assert "--split" in refused.value.hint
+    assert evaluation.evaluate(run, shards=None)["validation"]["positions"] > 0
+
+
+def test_a_foreign_tokenizer_is_refused(run: RunFolder, other_set: Callable[..., Path]) -> None:
+    folder = other_set(tokenizer_fingerprint="e" * 64)
+    for measure in (
+        lambda: evaluation.evaluate_split(run, shards=str(folder), split="train"),
+        lambda: evaluation.evaluate(run, shards=str(folder)),
+    ):
+        with pytest.raises(PipelineError, match="is of another tokenizer than") as refused:
+            measure()
+        assert "--data" in refused.value.hint
+
+
+def test_rows_that_nobody_cached_are_measured_against_themselves(run: RunFolder, tmp_path: Path) -> None:
+    # The very rows of the validation split: what needs no teacher must come to the same.
+    rows = [{"input": f"What is {n} + {n}? 多少？", "content": f"It is {2 * n}. <b>&"} for n in (4, 5)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
+    told = evaluate("--data", str(source))
+    want = evaluate_model(run.final_model, ShardSet(run.shards))
+    assert f"positions       {want.positions:,}, rows of {source}" in told
+    assert f"cross-entropy   {want.cross_entropy:.4f} nats, perplexity {want.perplexity:.2f}" in told
+    assert "exact match     0.0% of 2 answers" in told
+    assert "KL" not in told
+    assert "1 of 3 rows cannot be read" in told
+    assert (run.path / "evaluate-rejects.jsonl").read_text().count("\n") == 1
+    with pytest.raises(UsageError, match="--data is measured by itself"):
+        evaluate("--data", str(source), "--split", "train")
