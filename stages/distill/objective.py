@@ -74,6 +74,10 @@ class Emphasis:
             difficulty=difficulty,
         )
 
+    def measures(self, term: str) -> bool:
+        """Whether a step finds out this one of SUMS: attention is not looked at where it weighs nothing."""
+        return {"attention": self.attention, "encoder": self.encoder}.get(term, 1.0) > 0
+
     def loss(self, means: Mapping[str, float]) -> float:
         """The objective's value, from the means of its terms."""
         weights = {"kd": self.kd, "ce": self.ce, "attention": self.attention, "encoder": self.encoder}

@@ -247,10 +247,10 @@ class _Loop:
         set_rates(self._training.engine.groups, factor)
 
     def _tell(self, outcome: StepReport) -> None:
-        means = outcome.means
+        means, emphasis = outcome.means, self._emphasis(self._done.step - 1)
         values = {
-            "loss": self._emphasis(self._done.step - 1).loss(means),
-            **{name: means[name] for name in self._told},
+            "loss": emphasis.loss(means),
+            **{name: means[name] for name in self._told if emphasis.measures(name)},
             "lr": max(group["lr"] for group in self._training.engine.groups),
             "lr_lowest": min(group["lr"] for group in self._training.engine.groups),
             "grad_norm": outcome.grad_norm,

@@ -209,6 +209,8 @@ def test_attention_is_looked_at_only_while_it_weighs(module: DistillModule) -> N
     fading = at_start(ObjectiveSettings())
     gone = Emphasis.at(ObjectiveSettings(), 5, 10)
     assert (gone.attention, gone.encoder) == (0, 0)
+    assert {name for name in SUMS if fading.measures(name)} == set(SUMS)
+    assert {name for name in SUMS if not gone.measures(name)} == {"attention", "encoder"}
     positions = [SUMS.index(name) for name in ("attention", "encoder")]
     assert (module(batch, emphasis=fading).sums[positions] > 0).all()
     assert (module(batch, emphasis=gone).sums[positions] == 0).all()

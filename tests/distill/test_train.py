@@ -200,6 +200,7 @@ def test_T1_temperatures_that_follow_difficulty_go_on_bit_for_bit_and_know_no_mi
     first, last = metrics[0], metrics[-1]
     assert first["loss"] == pytest.approx(first["kd"] + 0.1 * first["ce"] + 0.1 * first["attention"], rel=1e-6)
     assert last["loss"] == pytest.approx(0.5 * last["kd"] + 0.3 * last["ce"], rel=1e-6)
+    assert "attention" not in last, "a term that nothing looked at is no 0"
 
 
 @pytest.mark.parametrize("damage", ["tensors", "manifest", "half a manifest", "no tensors"])
