@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.launch import machine
+from stages.distill.precision import resolve_precision
 
 _GIB = 1 << 30
 _NEEDED_MEMORY_GIB = 10
@@ -40,6 +41,7 @@ def examine() -> Iterator[Row]:
     here = machine()
     yield Row(name="devices", ok=True, fact=here.describe())
     yield _driver()
+    yield _precision()
     yield _hub()
     yield _shared_memory()
     memory = psutil.virtual_memory()
@@ -55,6 +57,8 @@ def examine() -> Iterator[Row]:
         fact=f"{free / _GIB:.0f} GiB free here; the demo needs {_NEEDED_DISK_GIB}",
     )
     yield Row(name="can write", ok=os.access(Path.cwd(), os.W_OK), fact=str(Path.cwd()))
+    found = shutil.which("screen") or "not installed, and needed by make distill-screen alone: apt-get install screen"
+    yield Row(name="screen", ok=True, fact=found)
 
 
 def _package(name: str) -> Row:
@@ -85,6 +89,13 @@ def _driver() -> Row:
         )
         return Row(name="driver", ok=False, fact=fact)
     return Row(name="driver", ok=True, fact="NVIDIA, seen by torch" if seen else "none: no GPU is used")
+
+
+def _precision() -> Row:
+    import torch
+
+    precision, why = resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return Row(name="training in", ok=True, fact=f"{precision}: {why}")
 
 
 def _hub() -> Row:
