@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import update_wrapper
 from pathlib import Path
+from threading import Lock
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -21,12 +22,15 @@ T = TypeVar("T")
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
     """A function of numpy arrays and numbers that calls no other compiled one. Its indices are not checked."""
     ready: list[Callable[P, T]] = []
+    first = Lock()
     source = Path(function.__code__.co_filename)
     loaded = _stamp(source)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if not ready:
-            ready.append(_compile(function, keep=_stamp(source) == loaded))
+            with first:  # of several threads one compiles, the others wait for it
+                if not ready:
+                    ready.append(_compile(function, keep=_stamp(source) == loaded))
         return ready[0](*args, **kwargs)
 
     return update_wrapper(run, function)

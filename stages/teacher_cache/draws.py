@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_BLOCK = 256
+BLOCK = 256
+"""Columns of the vocabulary whose sum of powers is told apart."""
+_CELLS = 2**20
+"""Powers formed at once to look into the blocks that draws fell into."""
 _GOLDEN, _FIRST, _SECOND = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 """The constants of SplitMix64 (Steele, Lea and Flood, 2014), as signed numbers."""
 
@@ -53,8 +56,8 @@ def _shifted(bits: Tensor, by: int) -> Tensor:
 def block_masses(logits_NV: Tensor, reference_N: Tensor) -> Tensor:
     """[N, C] float64: e^(logit - reference) summed over blocks of the vocabulary."""
     power_NV = (logits_NV - reference_N[:, None]).exp_()
-    whole = power_NV.shape[1] // _BLOCK * _BLOCK
-    masses_NC = power_NV[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1, dtype=torch.float64)
+    whole = power_NV.shape[1] // BLOCK * BLOCK
+    masses_NC = power_NV[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1, dtype=torch.float64)
     rest_N1 = power_NV[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64)
     return torch.cat([masses_NC, rest_N1], dim=-1)
 
@@ -64,17 +67,23 @@ def drawn_columns(logits_NV: Tensor, reference_N: Tensor, masses_NC: Tensor, tar
 
     `masses_NC` are this shard's `block_masses`; targets lie in [0, their sum), those beyond are as if just below it.
     """
+    step = max(1, _CELLS // (targets_ND.shape[1] * BLOCK))
+    parts = (tensor.split(step) for tensor in (logits_NV, reference_N, masses_NC, targets_ND))
+    return torch.cat([_drawn_at_once(*block) for block in zip(*parts, strict=True)])
+
+
+def _drawn_at_once(logits_NV: Tensor, reference_N: Tensor, masses_NC: Tensor, targets_ND: Tensor) -> Tensor:
     sums_NC = masses_NC.cumsum(dim=-1)
     targets_ND = _below(targets_ND, sums_NC[:, -1:])
     blocks_ND = torch.searchsorted(sums_NC, targets_ND, right=True)
     rest_ND = targets_ND - pad(sums_NC, (1, 0)).gather(1, blocks_ND)
-    columns_NDB = blocks_ND[..., None] * _BLOCK + torch.arange(_BLOCK, device=logits_NV.device)
+    columns_NDB = blocks_ND[..., None] * BLOCK + torch.arange(BLOCK, device=logits_NV.device)
     outside_NDB = columns_NDB >= logits_NV.shape[1]
     block_NDB = logits_NV.gather(1, columns_NDB.flatten(1).clamp_(max=logits_NV.shape[1] - 1)).view_as(columns_NDB)
     power_NDB = (block_NDB - reference_N[:, None, None]).exp_().masked_fill_(outside_NDB, 0.0)
     within_NDB = power_NDB.cumsum(dim=-1, dtype=torch.float64)
     inside_ND1 = _below(rest_ND[..., None], within_NDB[..., -1:])
-    return blocks_ND * _BLOCK + torch.searchsorted(within_NDB, inside_ND1, right=True)[..., 0]
+    return blocks_ND * BLOCK + torch.searchsorted(within_NDB, inside_ND1, right=True)[..., 0]
 
 
 def _below(targets: Tensor, sums: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shards.contract import Selection
 from stages.errors import StageError
+from stages.teacher_cache import draws
 from stages.teacher_cache.draws import position_keys
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.transformers import TransformersEngine
@@ -111,7 +112,7 @@ def test_a_head_in_blocks_is_the_head_in_one(
     spec = CaptureSpec(selection=Selection(kind="hybrid", k=8, draws=6), curve=(0.5, 0.25))
     whole = asked(module.ResponseHead(*fake_head(weight, torch.float32), spec), spec, hidden)
     monkeypatch.setattr(module, "_LOGITS_BYTES", 7 * 640 * 4)
-    monkeypatch.setattr(module, "_CACHE_BYTES", 3 * 640 * 4)
+    monkeypatch.setattr(draws, "_CELLS", 3 * 6 * draws.BLOCK)
     blocks = asked(module.ResponseHead(*fake_head(weight, torch.float32), spec), spec, hidden)
     for name in ("ids_NK", "draws_NK"):
         assert torch.equal(getattr(whole, name), getattr(blocks, name))

@@ -21,16 +21,15 @@ from vllm.distributed import (
 )
 
 from stages.errors import StageError
-from stages.teacher_cache.draws import block_masses, drawn_columns, tally, uniforms
+from stages.teacher_cache.draws import tally, uniforms
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.vllm.wire import write_columns
-from stages.teacher_cache.signals import complete, mask_kept, shorten, tail_sums
+from stages.teacher_cache.logit_rows import LogitRows, logit_rows
+from stages.teacher_cache.signals import complete, shorten
 from stages.wide_topk import select_topk
 
 _LOGITS_BYTES = 128 * 2**20
 """fp32 logits held at once by a rank. On a CPU the matrix product of 512 rows costs 20 % less a row than of 128."""
-_CACHE_BYTES = 2 * 2**20
-"""Logits that are reduced at once on a CPU: what stays in a core's second-level cache."""
 
 
 class ResponseHead:
@@ -57,7 +56,8 @@ class ResponseHead:
         step = max(1, _LOGITS_BYTES // (4 * self.width))
         for start in range(0, hidden_ND.shape[0], step):
             block = slice(start, start + step)
-            self._reduce(self.logits(hidden_ND[block]), keys_N[block], rows_NW[block])
+            logits = logit_rows(self._padded_logits(hidden_ND[block]), self.width)
+            self._reduce(logits, keys_N[block], rows_NW[block])
 
     def logprobs(self, hidden_ND: Tensor) -> Tensor:
         """All log-probabilities [N, V], on every rank."""
@@ -69,11 +69,13 @@ class ResponseHead:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 logits of this rank's ids, without the padding of the vocabulary."""
+        return self._padded_logits(hidden_ND)[:, : self.width].float()
+
+    def _padded_logits(self, hidden_ND: Tensor) -> Tensor:
         if hidden_ND.device.type == "cpu" and self._logits_processor.head_dtype == torch.float32:
-            logits_NV = self._logits_fp32_on_cpu(hidden_ND)
-        else:
-            logits_NV = self._logits_processor(self._lm_head, hidden_ND, None, skip_gather=True)
-        return logits_NV[:, : self.width].float()
+            return self._logits_fp32_on_cpu(hidden_ND)
+        logits_NP: Tensor = self._logits_processor(self._lm_head, hidden_ND, None, skip_gather=True)
+        return logits_NP
 
     def _logits_fp32_on_cpu(self, hidden_ND: Tensor) -> Tensor:
         """vLLM would widen the whole weight at each call; here once.
@@ -89,22 +91,15 @@ class ResponseHead:
             logits_NV = torch.mm(hidden_ND.float(), self._weight_fp32.t())
         return logits_NV.mul_(self._logits_processor.scale) if self._logits_processor.scale != 1.0 else logits_NV
 
-    def _reduce(self, logits_NV: Tensor, keys_N: Tensor, rows_NW: Tensor) -> None:
-        k, count = self._selection.k, logits_NV.shape[0]
-        step = max(1, _CACHE_BYTES // (4 * self.width)) if logits_NV.device.type == "cpu" else count
-        blocks = [slice(start, start + step) for start in range(0, count, step)]
+    def _reduce(self, logits: LogitRows, keys_N: Tensor, rows_NW: Tensor) -> None:
         # One more than is kept: the largest logit of the tail.
-        local = [select_topk(logits_NV[block], k + 1) for block in blocks]
-        values_NC, columns_NC = (torch.cat(parts) for parts in zip(*local, strict=True))
+        values_NC, columns_NC = logits.largest(self._selection.k + 1)
         joint_NC, ids_NC, kept_NC = _join(values_NC, columns_NC + self.first_id)
         reference_N = joint_NC[:, -1].contiguous()
-        sums, masses = [], []
-        for block in blocks:
-            mask_kept(logits_NV[block], columns_NC[block], kept_NC[block], reference_N[block])
-            sums.append(tail_sums(logits_NV[block], reference_N[block], self._curve))
-            if self._selection.draws:
-                masses.append(block_masses(logits_NV[block], reference_N[block]))
-        sums_NJ2 = tensor_model_parallel_all_reduce(torch.cat(sums))
+        own_NJ2, masses_NC = logits.take_out(
+            columns_NC, kept_NC, reference_N, self._curve, masses=self._selection.draws > 0
+        )
+        sums_NJ2 = tensor_model_parallel_all_reduce(own_NJ2)
         ids_NK, exact_NK = ids_NC[:, :-1], joint_NC[:, :-1]
         logprobs_NK, log_tail_N, entropy_N, curve_NJ = complete(exact_NK, reference_N, sums_NJ2, self._curve)
         if self._selection.kind == "adaptive":
@@ -118,16 +113,16 @@ class ResponseHead:
                 curve=self._curve,
             )
         drawn = []
-        if self._selection.draws:
-            drawn_ND, counts_ND, delta_ND = self._draw(logits_NV, reference_N, torch.cat(masses), keys_N, blocks)
+        if masses_NC is not None:
+            drawn_ND, counts_ND, delta_ND = self._draw(logits, reference_N, masses_NC, keys_N)
             power_N = sums_NJ2[:, 0, 0]
             ids_NK = torch.cat([ids_NK, drawn_ND], dim=-1)
             logprobs_NK = torch.cat([logprobs_NK, delta_ND + (log_tail_N - power_N.log())[:, None]], dim=-1)
-            drawn = [torch.cat([counts_ND.new_zeros(count, k), counts_ND], dim=-1).int()]
+            drawn = [torch.cat([counts_ND.new_zeros(exact_NK.shape), counts_ND], dim=-1).int()]
         write_columns(rows_NW, ids_NK.int(), logprobs_NK, *drawn, log_tail_N, entropy_N, curve_NJ)
 
     def _draw(
-        self, logits_NV: Tensor, reference_N: Tensor, masses_NC: Tensor, keys_N: Tensor, blocks: list[slice]
+        self, logits: LogitRows, reference_N: Tensor, masses_NC: Tensor, keys_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Distinct ids drawn from the tail, how often, and their logits above the reference."""
         rank = get_tensor_model_parallel_rank()
@@ -137,13 +132,7 @@ class ResponseHead:
         # Every rank compares with the same bounds, so that each draw is exactly one rank's.
         owner_ND = torch.searchsorted(bounds_NR[:, 1:-1].contiguous(), targets_ND, right=True)
         targets_ND = (targets_ND - bounds_NR[:, rank, None]).clamp_(min=0)
-        columns_ND = torch.cat(
-            [
-                drawn_columns(logits_NV[block], reference_N[block], masses_NC[block], targets_ND[block])
-                for block in blocks
-            ]
-        )
-        delta_ND = logits_NV.gather(1, columns_ND) - reference_N[:, None]
+        columns_ND, delta_ND = logits.drawn(reference_N, masses_NC, targets_ND)
         # The other ranks add nothing to a draw. An id below 2^24 is exact in single precision.
         mine_ND1 = (owner_ND == rank)[..., None]
         found_ND2 = torch.stack([(columns_ND + self.first_id).float(), delta_ND], dim=-1) * mine_ND1
