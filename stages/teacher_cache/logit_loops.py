@@ -61,23 +61,27 @@ def select_largest(
             for index in range(len(chunk)):
                 signed = np.int32(np.uint32(chunk[index]) << by)
                 key = np.int32(signed ^ (np.int32(signed >> np.int32(31)) & _KEY_BITS))
-                most = max(key, most)
+                most = key if key > most else most
             maxima[block] = np.int32(0) if most == -1 else most
         least = _LEAST_KEY
         if blocks > largest:
             least = np.partition(maxima, blocks - largest)[blocks - largest]
+        lowest = np.int32(-1) if least == 0 else least
         found = equal = 0
         for block in range(blocks):
             if maxima[block] < least:
                 continue
-            for column in range(block * _MAXIMA_BLOCK, min((block + 1) * _MAXIMA_BLOCK, width)):
-                signed = np.int32(np.uint32(bits_NP[row, column]) << by)
+            chunk = bits_NP[row, block * _MAXIMA_BLOCK : min((block + 1) * _MAXIMA_BLOCK, width)]
+            for index in range(len(chunk)):
+                signed = np.int32(np.uint32(chunk[index]) << by)
                 key = np.int32(signed ^ (np.int32(signed >> np.int32(31)) & _KEY_BITS))
-                key = np.int32(0) if key == -1 else key
-                if key < least or (key == least and equal == largest):
+                if key < lowest:
                     continue
+                key = np.int32(0) if key == -1 else key
                 equal += key == least
-                room[found] = (np.int64(key) << 32) | (_LAST_COLUMN - column)
+                if key == least and equal > largest:
+                    continue
+                room[found] = (np.int64(key) << 32) | (_LAST_COLUMN - block * _MAXIMA_BLOCK - index)
                 found += 1
         order = np.sort(room[:found])
         for index in range(largest):

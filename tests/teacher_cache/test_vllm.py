@@ -144,13 +144,13 @@ def test_prompt_rows_never_reach_the_head(
     from stages.teacher_cache.engines.vllm.head import ResponseHead
 
     rows: list[int] = []
-    multiply = ResponseHead.logits
+    multiply = ResponseHead.padded_logits
 
     def counted(head: ResponseHead, hidden_ND: Tensor) -> Tensor:
         rows.append(len(hidden_ND))
         return multiply(head, hidden_ND)
 
-    monkeypatch.setattr(ResponseHead, "logits", counted)
+    monkeypatch.setattr(ResponseHead, "padded_logits", counted)
     list(engine.capture(samples))
     assert sum(rows) == sum(len(sample.response_ids) for sample in samples)
 

@@ -56,7 +56,7 @@ class ResponseHead:
         step = max(1, _LOGITS_BYTES // (4 * self.width))
         for start in range(0, hidden_ND.shape[0], step):
             block = slice(start, start + step)
-            logits = logit_rows(self._padded_logits(hidden_ND[block]), self.width)
+            logits = logit_rows(self.padded_logits(hidden_ND[block]), self.width)
             self._reduce(logits, keys_N[block], rows_NW[block])
 
     def logprobs(self, hidden_ND: Tensor) -> Tensor:
@@ -69,9 +69,10 @@ class ResponseHead:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 logits of this rank's ids, without the padding of the vocabulary."""
-        return self._padded_logits(hidden_ND)[:, : self.width].float()
+        return self.padded_logits(hidden_ND)[:, : self.width].float()
 
-    def _padded_logits(self, hidden_ND: Tensor) -> Tensor:
+    def padded_logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, P] in the type of the product; the columns from `width` on are padding."""
         if hidden_ND.device.type == "cpu" and self._logits_processor.head_dtype == torch.float32:
             return self._logits_fp32_on_cpu(hidden_ND)
         logits_NP: Tensor = self._logits_processor(self._lm_head, hidden_ND, None, skip_gather=True)
