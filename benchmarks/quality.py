@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -123,7 +123,12 @@ class WholeTeacher(nn.Module):
         return nn.functional.kl_div(log_q_NV, logprobs_NV, reduction="none", log_target=True).sum(1)
 
 
+Full = Callable[[Sequence[Response]], Tensor]
+"""Whole distributions of some responses, one after the other, [N, V] log-probabilities."""
+
+
 def whole(chosen: Sequence[Response]) -> Tensor:
+    """As they were kept."""
     return torch.cat([response.whole() for response in chosen])
 
 
@@ -133,8 +138,10 @@ def fresh_student(seed: int) -> MiniCodformerForConditionalGeneration:
     return student
 
 
-def train(setting: Setting, *, seed: int, is_whole: bool) -> tuple[MiniCodformerForConditionalGeneration, float]:
-    """The student after its last step, and the bytes of a position that it was taught with."""
+def train(
+    setting: Setting, *, seed: int, full: Full | None = None
+) -> tuple[MiniCodformerForConditionalGeneration, float]:
+    """The student after its last step, and the bytes of a position that it was taught with, unless `full` taught it."""
     shards = shard_set(setting.kept)
     split, teacher = shards.split(SPLIT), responses(SPLIT)
     settings, student = replace(setting.distill, seed=seed), fresh_student(seed)
@@ -155,8 +162,8 @@ def train(setting: Setting, *, seed: int, is_whole: bool) -> tuple[MiniCodformer
         set_rates(optimizer.param_groups, factor)
         records = order.global_batch_of(step, mined.snapshot)
         batch = assemble([split[int(record)] for record in records], START)
-        if is_whole:
-            loss = ceiling.rows(batch, whole([teacher[int(record)] for record in records])).mean()
+        if full:
+            loss = ceiling.rows(batch, full([teacher[int(record)] for record in records])).mean()
         else:
             emphasis = Emphasis.at(setting.objective, step, order.steps, difficulty)
             terms = module(batch, scale=1 / batch.positions, emphasis=emphasis)
@@ -188,7 +195,7 @@ def kl_sums(student: MiniCodformerForConditionalGeneration) -> list[float]:
 
 def run(name: str, seed: int) -> dict[str, Any]:
     start = time.process_time()
-    student, size = train(SETTINGS[name], seed=seed, is_whole=name == WHOLE)
+    student, size = train(SETTINGS[name], seed=seed, full=whole if name == WHOLE else None)
     spent = time.process_time() - start
     return {
         "setting": name,

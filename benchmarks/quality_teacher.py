@@ -127,6 +127,16 @@ class RestrictedTeacher:
             **parts,
         }
 
+    @torch.inference_mode()
+    def live(self, response: Response) -> Tensor:
+        """The distributions of a response computed anew, [N, V] log-probabilities in fp32: nothing is cached.
+
+        In one pass, as a teacher at hand would. `answer` fed token by token, and what it said was kept in fp16.
+        """
+        ids = torch.from_numpy(np.concatenate([response.prompt_ids_P, response.response_ids_R[:-1]])).long()
+        rows_ND = self.body(ids[None]).last_hidden_state[0, len(response.prompt_ids_P) - 1 :]
+        return (rows_ND.float() @ self.head_VD.T).log_softmax(-1)
+
 
 def _batch(number: int) -> Iterator[Response]:
     """The responses of one batch; a response ends behind the first END in it."""

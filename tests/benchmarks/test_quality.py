@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality, quality_shards
+from benchmarks import quality, quality_shards, quality_teacher
 from benchmarks.quality_shards import Kept, bytes_a_position, record_of, shard_set
 from benchmarks.quality_statistics import gains
 from benchmarks.quality_teacher import Response
@@ -88,11 +88,49 @@ def test_every_setting_teaches(
     monkeypatch.setattr(quality, "shard_set", lambda kept: shard_set(kept, tmp_path))
     setting = quality.SETTINGS[name]
     before = sum(quality.kl_sums(quality.fresh_student(5)))
-    student, size = quality.train(setting, seed=5, is_whole=name == "Full")
-    again, _ = quality.train(setting, seed=5, is_whole=name == "Full")
+    full = quality.whole if name == "Full" else None
+    student, size = quality.train(setting, seed=5, full=full)
+    again, _ = quality.train(setting, seed=5, full=full)
     assert size > 0
     assert sum(quality.kl_sums(student)) < before
     assert all(torch.equal(*pair) for pair in zip(student.parameters(), again.parameters(), strict=True))
+
+
+def test_whole_distributions_that_were_kept_teach_what_the_live_teacher_teaches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Qwen3Config, Qwen3Model
+
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = Qwen3Config(vocab_size=VOCAB, num_key_value_heads=1, head_dim=12, initializer_range=0.5, **sizes)
+    config._attn_implementation = "eager"
+    torch.manual_seed(4)
+    teacher = object.__new__(quality_teacher.RestrictedTeacher)
+    teacher.body, teacher.head_VD = Qwen3Model(config).eval(), torch.randn(VOCAB, 24)
+    for module in (quality_shards, quality):
+        monkeypatch.setattr(module, "VOCAB", VOCAB)
+    monkeypatch.setattr(quality_teacher, "LAYERS", (0, 1, 2))
+    monkeypatch.setattr(quality_teacher, "PROMPT", 5)
+    monkeypatch.setattr(quality_teacher, "RESPONSE", 8)
+    monkeypatch.setattr(quality_teacher, "HOME", tmp_path)
+    kept = teacher.answer(torch.randint(2, VOCAB, (9, 5)), seed=1)
+    np.save(tmp_path / "logprobs-000.npy", kept.pop("logprobs_BNV"))
+    np.savez(tmp_path / "rest-000.npz", **kept)
+    found = list(quality_teacher._batch(0))
+    for one in found:
+        torch.testing.assert_close(teacher.live(one), one.whole(), rtol=2e-3, atol=2e-3)  # fp16 lies between
+    monkeypatch.setattr(quality_shards, "responses", lambda _: found)
+    monkeypatch.setattr(quality, "responses", lambda _: found)
+    monkeypatch.setattr(quality, "SHAPE", SHAPE)
+    monkeypatch.setattr(quality, "head_components_VD", lambda: np.random.default_rng(0).normal(size=(VOCAB, 16)))
+    monkeypatch.setattr(quality, "shard_set", lambda kept: shard_set(kept, tmp_path))
+    before = sum(quality.kl_sums(quality.fresh_student(5)))
+    cached, live = (
+        sum(quality.kl_sums(quality.train(quality.SETTINGS["Full"], seed=5, full=full)[0]))
+        for full in (quality.whole, lambda chosen: torch.cat([teacher.live(one) for one in chosen]))
+    )
+    assert live < before
+    assert abs(cached - live) < 1e-3 * (before - live)
 
 
 @pytest.mark.parametrize("kept", [quality.HYBRID, quality.SAMPLE_12, quality.TOP_12])
