@@ -99,7 +99,7 @@ serve: setup ## the newest student (or NAME=run) over HTTP on this machine: a pa
 	@$(CLI) serve $(NAME)
 
 # These run for long and go on where they stopped: make bench-quality, python -m benchmarks.student_quality, … .corpus
-BENCHMARKS = $(filter-out quality student_quality corpus,$(patsubst benchmarks/results/%.json,%,$(wildcard benchmarks/results/*.json)))
+BENCHMARKS = $(filter-out quality quality_live student_quality corpus,$(patsubst benchmarks/results/%.json,%,$(wildcard benchmarks/results/*.json)))
 
 .PHONY: bench
 bench: setup ## every benchmark on this machine, then benchmarks/RESULTS.md (about half an hour on 2 cores)
@@ -109,11 +109,12 @@ bench: setup ## every benchmark on this machine, then benchmarks/RESULTS.md (abo
 .PHONY: bench-quality
 bench-quality: setup ## what students learn from a cache, beside labels alone and the whole teacher (about 40 minutes; resumes)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.quality
+	@OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.quality_live
 	@$(PYTHON) -m benchmarks.report
 
 QUICK = benchmarks/results/quick
 # Those that take --quick; the quality tables train, and are read from the committed results.
-QUICK_BENCHMARKS = codec loss reader serving student teacher_cache
+QUICK_BENCHMARKS = codec data_wait loss reader serving student teacher_cache
 
 .PHONY: bench-quick
 bench-quick: setup ## fewer cases and turns of each (about five minutes on 2 cores), beside the committed results as ratios
