@@ -1,7 +1,8 @@
 """What others store of top-k log-probabilities, for the codec to be measured beside.
 
 - DistillKit's layout (arcee-ai/DistillKit, `compression/`): ids in ceil(log2 V) bits, differences of log-probabilities,
-  16 as float16, the others as a least-squares fit of six terms in float32; bits are unpacked one by one, as there.
+  16 as float16, the others as a least-squares fit of six terms in float32. Once as there, in torch, where bits are
+  unpacked one by one, and once in compiled loops.
 - bf16 log-probabilities beside packed ids, by formula; plain typed columns in Arrow and Parquet.
 """
 
@@ -15,8 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
-from shards.record import Record
+from shards.compiled import compiled
+from shards.record import Float32, Int32, Record
+
+Bytes = NDArray[np.uint8]
 
 K, EXACT = 64, 16
 PACKED = "bf16 and packed ids"
@@ -28,25 +33,81 @@ class DistillKitLayout:
     def __init__(self, vocab_size: int) -> None:
         self.bits = (vocab_size - 1).bit_length()
         place = torch.arange(K - EXACT, dtype=torch.float32)
-        terms = [place**power for power in range(4)] + [place.sqrt(), torch.exp(-place)]
-        self._terms = torch.stack(terms, dim=-1)
-        self._fit = torch.linalg.pinv(self._terms.double()).float()
+        terms = [place**power for power in range(4)] + [place.sqrt(), torch.exp(place)]
+        self.terms = torch.stack(terms, dim=-1)
+        scales = self.terms.double().amax(dim=0)  # e^47 is beyond what a fit of plain columns can hold
+        self.fit = (torch.linalg.pinv(self.terms.double() / scales) / scales[:, None]).float()
 
     def bytes(self) -> float:
-        return -(-K * self.bits // 8) + 2 * EXACT + 4 * self._terms.shape[1]
+        return -(-K * self.bits // 8) + 2 * EXACT + 4 * self.terms.shape[1]
 
     def encode(self, ids_NK: torch.Tensor, logprobs_NK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         steps = torch.cat([logprobs_NK[:, :1], logprobs_NK.diff(dim=-1)], dim=-1)
         order = torch.arange(self.bits - 1, -1, -1)
         bits = (ids_NK.long().unsqueeze(-1) >> order & 1).to(torch.uint8).view(len(ids_NK), -1, 8)
         packed = (bits * torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)).sum(-1).to(torch.uint8)
-        return packed, steps[:, :EXACT].half(), steps[:, EXACT:] @ self._fit.T
+        return packed, steps[:, :EXACT].half(), steps[:, EXACT:] @ self.fit.T
 
     def decode(self, packed: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor) -> tuple[torch.Tensor, ...]:
         bits = (packed.unsqueeze(-1) >> torch.arange(7, -1, -1) & 1).to(torch.uint8).view(len(packed), K, self.bits)
         ids_NK = (bits * 2 ** torch.arange(self.bits - 1, -1, -1)).sum(-1).long()
-        fitted = (self._terms * terms.unsqueeze(-2)).sum(-1)
+        fitted = (self.terms * terms.unsqueeze(-2)).sum(-1)
         return ids_NK, torch.cat([exact.float(), fitted], dim=-1).cumsum(-1)
+
+
+class CompiledLayout:
+    """The same bytes in loops that are compiled as the codec's are: what the layout itself costs."""
+
+    def __init__(self, layout: DistillKitLayout) -> None:
+        self._bits = layout.bits
+        self._terms, self._fit = layout.terms.numpy(), layout.fit.numpy()
+
+    def encode(self, ids_NK: Int32, logprobs_NK: Float32) -> tuple[Bytes, NDArray[np.float16], Float32]:
+        steps_NK = np.diff(logprobs_NK, axis=1, prepend=np.float32(0))
+        packed = np.zeros((len(ids_NK), -(-K * self._bits // 8)), np.uint8)
+        _pack(ids_NK, self._bits, packed)
+        return packed, steps_NK[:, :EXACT].astype(np.float16), steps_NK[:, EXACT:] @ self._fit.T
+
+    def decode(self, packed: Bytes, exact: NDArray[np.float16], terms: Float32) -> tuple[Int32, Float32]:
+        ids_NK, logprobs_NK = np.empty((len(packed), K), np.int32), np.empty((len(packed), K), np.float32)
+        _unpack(packed, self._bits, exact.astype(np.float32), terms, self._terms, ids_NK, logprobs_NK)
+        return ids_NK, logprobs_NK
+
+
+@compiled
+def _pack(ids_NK: Int32, bits: int, packed: Bytes) -> None:
+    for row in range(len(ids_NK)):
+        held, count, at = 0, 0, 0
+        for place in range(ids_NK.shape[1]):
+            held, count = held << bits | ids_NK[row, place], count + bits
+            while count >= 8:
+                count -= 8
+                packed[row, at] = held >> count & 255
+                at += 1
+            held &= (1 << count) - 1
+        if count:
+            packed[row, at] = held << 8 - count & 255
+
+
+@compiled
+def _unpack(
+    packed: Bytes, bits: int, exact: Float32, terms: Float32, basis: Float32, ids_NK: Int32, logprobs_NK: Float32
+) -> None:
+    for row in range(len(packed)):
+        held, count, at, value = 0, 0, 0, np.float32(0)
+        for place in range(ids_NK.shape[1]):
+            while count < bits:
+                held, count = held << 8 | packed[row, at], count + 8
+                at += 1
+            count -= bits
+            ids_NK[row, place] = held >> count
+            held &= (1 << count) - 1
+            if place < exact.shape[1]:
+                value += exact[row, place]
+            else:
+                for term in range(basis.shape[1]):
+                    value += terms[row, term] * basis[place - exact.shape[1], term]
+            logprobs_NK[row, place] = value
 
 
 def distillkit_records(test: Sequence[Record], layout: DistillKitLayout) -> list[Record]:

@@ -51,7 +51,7 @@ class Kept:
 
     def contract(self) -> Contract:
         return Contract(
-            codec="planes/2",
+            codec="planes/3",
             teacher=TEACHER,
             teacher_fingerprint="",
             tokenizer_fingerprint="",

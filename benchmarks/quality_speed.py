@@ -50,7 +50,7 @@ SHARE = 0.95
 OBJECTIVE = ObjectiveSettings(kd="water_filled_kl", attention_weight=0.0, encoder_weight=0.0)
 CONTRACT = Contract(
     **dict.fromkeys(("teacher_fingerprint", "tokenizer_fingerprint", "corpus_fingerprint", "engine", "dtype"), ""),
-    codec="planes/2",
+    codec="planes/3",
     teacher=TEACHER,
     vocab_size=VOCAB,
     start_token_id=0,

@@ -13,9 +13,9 @@ from typing import ClassVar, Protocol
 from shards.contract import Contract
 from shards.errors import Corrupt, UnknownVersion
 from shards.framing import RESTORE
-from shards.planes.codec import VERSIONS
+from shards.planes.codec import Planes3
 from shards.planes.tables import fingerprint
-from shards.record import AttentionSummary, Record
+from shards.record import AttentionSummary, Int32, Record
 from shards.signal import Signal
 from shards.topk_planes import TopkPlanes1
 
@@ -37,14 +37,17 @@ class Codec(Protocol):
     def encode_attention(self, record: Record) -> bytes:
         """The `attention` cell of a record that has a summary."""
 
-    def decode_signal(self, cell: bytes | memoryview, *, positions: int, entries: int) -> Signal:
-        """The distributions of a cell with N = `positions` and `entries` kept ids in all. Raises Corrupt."""
+    def decode_signal(self, cell: bytes | memoryview, *, labels_N: Int32, entries: int) -> Signal:
+        """The distributions of a cell with `entries` kept ids in all. Raises Corrupt.
+
+        `labels_N`: the token that followed at each of its positions, which a codec need not repeat.
+        """
 
     def decode_attention(self, cell: bytes | memoryview, *, positions: int, prompt_length: int) -> AttentionSummary:
         """The summary of a cell with N = `positions`, P = `prompt_length`. Raises Corrupt."""
 
 
-CODECS: Mapping[str, type[Codec]] = {TopkPlanes1.name: TopkPlanes1, **VERSIONS}
+CODECS: Mapping[str, type[Codec]] = {TopkPlanes1.name: TopkPlanes1, Planes3.name: Planes3}
 
 
 def codec_for(contract: Contract, tables: bytes | None) -> Codec:

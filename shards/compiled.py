@@ -3,6 +3,7 @@
 - Nothing is compiled, nor the compiler imported, before a loop first runs.
 - What was compiled is kept beside its source, or in the user's cache where that cannot be written; where neither can,
   where the disk is full, or where what is kept is torn, each process compiles anew.
+- A loop may call others by their names in its module, wherever they are from: it is of all their sources.
 - Loops let other threads run.
 """
 
@@ -13,30 +14,53 @@ from contextlib import suppress
 from functools import update_wrapper
 from pathlib import Path
 from threading import Lock
-from typing import Any, ParamSpec, TypeVar
+from types import FunctionType
+from typing import Any, Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Stamp = tuple[int, int]
 
 
-def compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """A function of numpy arrays and numbers that calls no other compiled one. Its indices are not checked."""
-    ready: list[Callable[P, T]] = []
-    first = Lock()
-    source = Path(function.__code__.co_filename)
-    loaded = _stamp(source)
+class Compiled(Generic[P, T]):
+    """A function of numpy arrays and numbers. Its indices are not checked."""
 
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not ready:
-            with first:  # of several threads one compiles, the others wait for it
-                if not ready:
-                    ready.append(_compile(function, keep=_stamp(source) == loaded))
-        return ready[0](*args, **kwargs)
+    def __init__(self, function: Callable[P, T]) -> None:
+        assert isinstance(function, FunctionType)
+        self._function = function
+        self._source = Path(function.__code__.co_filename)
+        self._loaded = _stamp(self._source)
+        self._ready: Callable[P, T] | None = None
+        self._first = Lock()
+        update_wrapper(self, function)
 
-    return update_wrapper(run, function)
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        return (self._ready or self._compiled())(*args, **kwargs)
+
+    def _compiled(self) -> Callable[P, T]:
+        if self._ready is None:
+            self._ready = _compile(
+                self._function, {name: loop._compiled() for name, loop in self._called()}, self._of()
+            )
+        return self._ready
+
+    def _called(self) -> list[tuple[str, Compiled[..., Any]]]:
+        found = [(name, self._function.__globals__.get(name)) for name in self._function.__code__.co_names]
+        return [(name, loop) for name, loop in found if isinstance(loop, Compiled)]
+
+    def _of(self) -> list[Stamp] | None:
+        """Stamps of all sources; None where one changed after it was loaded: what is old would pass for the new one."""
+        stamps = [self._loaded] if _stamp(self._source) == self._loaded else None
+        for _, loop in self._called():
+            others = loop._of()
+            stamps = None if stamps is None or others is None else stamps + others
+        return stamps
 
 
-def _stamp(source: Path) -> tuple[int, int]:
+compiled = Compiled
+
+
+def _stamp(source: Path) -> Stamp:
     """By this numba knows whether what it kept is of the source as it is now."""
     try:
         found = source.stat()
@@ -45,13 +69,17 @@ def _stamp(source: Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-def _compile(function: Callable[P, T], *, keep: bool) -> Callable[P, T]:
-    """Where the source changed after it was loaded, an upgrade, nothing is kept: it would pass for the new one."""
+def _compile(function: FunctionType, called: dict[str, Any], stamps: list[Stamp] | None) -> Any:
+    """With the loops that it calls in the place of their names; nothing is kept where there are no stamps."""
     from numba import njit
     from numba.core.caching import FunctionCache
 
     class Cache(FunctionCache):
         """A file that cannot be read or written is one that is not there."""
+
+        def __init__(self) -> None:
+            super().__init__(function)
+            self._cache_file._source_stamp = stamps
 
         def load_overload(self, *wanted: Any) -> Any:
             with suppress(Exception):
@@ -61,9 +89,11 @@ def _compile(function: Callable[P, T], *, keep: bool) -> Callable[P, T]:
             with suppress(Exception):
                 super().save_overload(*made)
 
-    loop: Any = njit(function, nogil=True)
-    if keep:
+    space = function.__globals__ | called
+    loop = njit(
+        FunctionType(function.__code__, space, function.__name__, function.__defaults__), nogil=True, forceinline=True
+    )
+    if stamps is not None:
         with suppress(RuntimeError):  # no folder can be written
-            loop._cache = Cache(function)
-    compiled: Callable[P, T] = loop
-    return compiled
+            loop._cache = Cache()
+    return loop

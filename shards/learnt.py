@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from shards.contract import Contract
 from shards.manifest import CONTRACT_NAME, TABLES_NAME, read_contract, require_tables
 from shards.planes.calibration import learn_tables
-from shards.planes.codec import VERSIONS
+from shards.planes.codec import Planes3
 from shards.planes.tables import MAX_BYTES, fingerprint
 from shards.record import Record
 from shards.shard import ShardReader
@@ -36,7 +36,7 @@ def with_tables(
     could not be written, Corrupt where the file is not the one that the set was begun with, StorageFailed.
     """
     contract = dataclasses.replace(contract, tables=None)
-    if contract.codec not in VERSIONS:
+    if contract.codec != Planes3.name:
         return contract, None
     begun = read_contract(storage) if storage.size(CONTRACT_NAME) is not None else None
     if storage.size(TABLES_NAME) is None:

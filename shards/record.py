@@ -80,6 +80,11 @@ class Record:
         return mass_N
 
     @property
+    def labels_N(self) -> Int32:
+        """The token that followed at each predicted position."""
+        return self.response_ids_R[self.first_position : self.first_position + self.positions]
+
+    @property
     def positions(self) -> int:
         """N, the number of predicted positions."""
         return int(self.ids_NK.shape[0])

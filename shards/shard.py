@@ -146,7 +146,9 @@ class ShardReader:
         row %= len(self)
         with self._named(row):
             first, positions, entries, prompt_length, _ = (int(self._lengths[name][row]) for name in LENGTHS)
-            signal = self._codec.decode_signal(self._cell("signal", row), positions=positions, entries=entries)
+            response_ids_R = self._tokens("response_ids", row)
+            labels_N = response_ids_R[first : first + positions]
+            signal = self._codec.decode_signal(self._cell("signal", row), labels_N=labels_N, entries=entries)
             attention = None
             if self.contract.attention is not None:
                 attention = self._codec.decode_attention(
@@ -155,7 +157,7 @@ class ShardReader:
             return Record(
                 sample_id=self._batch.column("sample_id")[row].as_py(),
                 prompt_ids_P=self._tokens("prompt_ids", row),
-                response_ids_R=self._tokens("response_ids", row),
+                response_ids_R=response_ids_R,
                 first_position=first,
                 ids_NK=signal.ids_NK,
                 logprobs_NK=signal.logprobs_NK,

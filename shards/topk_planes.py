@@ -21,7 +21,7 @@ from shards import byte_planes
 from shards.attention_planes import decode_attention, encode_attention
 from shards.contract import Contract
 from shards.errors import Corrupt, UnknownVersion
-from shards.record import AttentionSummary, Float32, Record
+from shards.record import AttentionSummary, Float32, Int32, Record
 from shards.signal import Signal
 
 Float64 = NDArray[np.float64]
@@ -79,7 +79,8 @@ class TopkPlanes1:
             cells.append(byte_planes.pack([*streams, b"".join(plane[rows].tobytes() for plane in scalars)]))
         return cells
 
-    def decode_signal(self, cell: bytes | memoryview, *, positions: int, entries: int) -> Signal:
+    def decode_signal(self, cell: bytes | memoryview, *, labels_N: Int32, entries: int) -> Signal:
+        positions = len(labels_N)
         if entries != positions * self._contract.selection.k:
             raise Corrupt(f"{entries} kept ids at {positions} positions are not k = {self._contract.selection.k} each")
         *id_planes, levels, scalars = byte_planes.unpack(cell, [entries] * (self._id_planes + 1) + [4 * positions])

@@ -11,29 +11,28 @@ With A keys in sight of a row, m = min(M, A) of them are kept:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.contract import AttentionSpec
 from shards.errors import Corrupt
-from shards.planes.id_sets import read_sets, set_streams
+from shards.planes.id_sets import from_places, read_sets, set_stream
 from shards.planes.numbers import Numbers, unzigzag, zigzag
-from shards.planes.streams import StreamReader, Streams
+from shards.planes.rans import Reader, Stream
 from shards.record import AttentionSummary
 
 Float64 = NDArray[np.float64]
 
 SHARE_STEPS, MASS_SCALE, ENTROPY_SCALE = 16, 128, 8
-SHARE_BORDERS = (0, 2, 4, SHARE_STEPS + 1)
-"""Shares are coded in three groups, by what is usual for their key."""
+SHARE_BORDERS = (2, 4)
+"""Shares are coded in three contexts, by what is usual for their key."""
 LISTED = 3
 """A key is named in the order of its layer where it is kept so often; naming costs about a byte."""
 _PAD = 1 << 24
 
 
-def attention_streams(summary: AttentionSummary, sight_N: Numbers, prompt_length: int) -> Streams:
+def attention_streams(summary: AttentionSummary, sight_N: Numbers, prompt_length: int) -> Iterator[Stream]:
     """The streams of a valid summary, in their order."""
     layers, _, kept = summary.positions_LNM.shape
     sizes_N = np.minimum(sight_N, kept)
@@ -49,24 +48,24 @@ def attention_streams(summary: AttentionSummary, sight_N: Numbers, prompt_length
         listed.append(order)
         shares.append(means_P[order])
         ranks_LP[layer], usual_LP[layer] = _orders(order, means_P[order], prompt_length)
-    yield "key-counts", np.array([len(order) for order in listed])
-    yield "key-orders", np.concatenate(listed) - 1
-    yield "key-shares", np.concatenate(shares)
+    yield Stream("key-counts", np.array([len(order) for order in listed]))
+    yield Stream("key-orders", np.concatenate(listed) - 1)
+    yield Stream("key-shares", np.concatenate(shares))
     safe_LNM = np.where(there_LNM, summary.positions_LNM, 0)
     layer_L11 = np.arange(layers)[:, None, None]
     packed_LNM = np.where(there_LNM, ranks_LP[layer_L11, safe_LNM], _PAD) << 6 | codes_LNM
     packed_LNM.sort(axis=-1)
     ranks_LNM = packed_LNM >> 6
-    yield from set_streams("keys", ranks_LNM.reshape(-1, kept), np.tile(sizes_N, layers))
+    yield set_stream("keys", ranks_LNM.reshape(-1, kept), np.tile(sizes_N, layers))
     keys_LNM = _in_order(ranks_LP)[layer_L11, np.minimum(ranks_LNM, prompt_length - 1)]
     usual, codes = usual_LP[layer_L11, keys_LNM][there_LNM], (packed_LNM & 63)[there_LNM]
-    for kind, chosen in _share_groups(usual):
-        yield kind, zigzag(codes[chosen] - usual[chosen])
-    yield "masses", np.concatenate([_steps(summary.sink_LN, MASS_SCALE), _steps(summary.prompt_LN, MASS_SCALE)])
-    yield "row-entropies", _steps(summary.entropy_LN, ENTROPY_SCALE)
+    yield Stream("shares", zigzag(codes - usual), _share_contexts(usual))
+    masses = np.concatenate([_steps(summary.sink_LN, MASS_SCALE), _steps(summary.prompt_LN, MASS_SCALE)])
+    yield Stream("masses", masses)
+    yield Stream("row-entropies", _steps(summary.entropy_LN, ENTROPY_SCALE))
 
 
-def read_attention(reader: StreamReader, spec: AttentionSpec, sight_N: Numbers, prompt_length: int) -> AttentionSummary:
+def read_attention(reader: Reader, spec: AttentionSpec, sight_N: Numbers, prompt_length: int) -> AttentionSummary:
     """The inverse of `attention_streams`. Raises Corrupt."""
     layers, rows = len(spec.layers), len(sight_N)
     sizes_N = np.minimum(sight_N, spec.top_m)
@@ -75,14 +74,13 @@ def read_attention(reader: StreamReader, spec: AttentionSpec, sight_N: Numbers, 
     sizes = np.tile(sizes_N, layers)
     there_LNM = (np.arange(width) < sizes[:, None]).reshape(layers, rows, width)
     layer_L11 = np.arange(layers)[:, None, None]
-    ranks_LNM = read_sets(reader, "keys", sizes, width, prompt_length - 1).reshape(layers, rows, width)
+    ranks = read_sets(reader, "keys", sizes, prompt_length - 1)
+    ranks_LNM = from_places(ranks, sizes, width, 0).reshape(layers, rows, width)
     found_LNM = np.where(there_LNM, keys_LP[layer_L11, ranks_LNM], 0)
     if (found_LNM > sight_N[:, None]).any():
         raise Corrupt("a payload names an attention key that its row does not see")
     usual = usual_LP[layer_L11, found_LNM][there_LNM]
-    codes = usual.copy()
-    for kind, chosen in _share_groups(usual):
-        codes[chosen] += unzigzag(reader.take(kind, len(chosen)))
+    codes = usual + unzigzag(reader.take("shares", len(usual), _share_contexts(usual)))
     codes_LNM = np.zeros(there_LNM.shape, np.int32)
     codes_LNM[there_LNM] = codes
     if codes.size and not 0 <= codes.min() <= codes.max() <= SHARE_STEPS:
@@ -116,7 +114,7 @@ def _orders(listed: NDArray[np.integer], shares: NDArray[np.integer], prompt_len
     return ranks_P, usual_P
 
 
-def _read_orders(reader: StreamReader, layers: int, prompt_length: int) -> tuple[Numbers, Numbers]:
+def _read_orders(reader: Reader, layers: int, prompt_length: int) -> tuple[Numbers, Numbers]:
     """Keys in order [L, P] (the last stands for none) and their usual shares [L, P]. Raises Corrupt."""
     counts_L = reader.take("key-counts", layers)
     if counts_L.max() >= prompt_length:
@@ -142,9 +140,8 @@ def _in_order(ranks_LP: Numbers) -> Numbers:
     return keys_LP
 
 
-def _share_groups(usual: NDArray[np.integer]) -> Iterator[tuple[str, NDArray[np.intp]]]:
-    for group, (first, end) in enumerate(pairwise(SHARE_BORDERS)):
-        yield f"shares{group}", np.flatnonzero((usual >= first) & (usual < end))
+def _share_contexts(usual: NDArray[np.integer]) -> NDArray[np.integer]:
+    return np.digitize(usual, SHARE_BORDERS)
 
 
 def _share_codes(weights_LNM: NDArray[np.float32], prompt_LN: NDArray[np.float32]) -> Numbers:

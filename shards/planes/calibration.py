@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.contract import Contract
-from shards.planes.codec import VERSIONS
+from shards.planes.codec import Planes3
 from shards.planes.levels import steps_for
 from shards.planes.numbers import to_symbols
-from shards.planes.streams import Code
+from shards.planes.rans import Code, learn_frequencies
 from shards.planes.tables import KINDS, MAX_CLASSES, Tables, fingerprint, plain_tables
 from shards.record import Record
 
@@ -32,6 +32,8 @@ PRIOR = 16.0
 """How many positions' worth of the whole's frequencies a class begins with."""
 NEAR = 4
 """How far from a symbol that was seen others must be expected."""
+OTHERS = 4
+"""So many numbers of a kind's other contexts are expected in each."""
 BYTES_AN_ID = 2.0
 """About what a listed id takes in the tables."""
 
@@ -41,8 +43,7 @@ def learn_tables(records: Sequence[Record], contract: Contract, *, budget: int =
 
     With no records, tables that say nothing: ids by number, no codes.
     """
-    steps, coding = steps_for(_mean_head(records, contract.selection.k)), VERSIONS[contract.codec].coding
-    tables = plain_tables(contract.vocab_size, steps, coding)
+    tables = plain_tables(contract.vocab_size, steps_for(_mean_head(records, contract.selection.k)))
     if records:
         tables = _with_orders(records, tables, budget)
         tables = dataclasses.replace(tables, codes=_codes(records, contract, tables))
@@ -127,17 +128,23 @@ def _falling(counts_V: NDArray[np.number]) -> NDArray[np.int32]:
 
 def _codes(records: Sequence[Record], contract: Contract, tables: Tables) -> dict[str, Code]:
     data = tables.to_bytes()
-    codec = VERSIONS[contract.codec](dataclasses.replace(contract, tables=fingerprint(data)), data)
-    counts = {kind: np.zeros(256, np.int64) for kind in KINDS}
+    codec = Planes3(dataclasses.replace(contract, tables=fingerprint(data)), data)
+    counts = {kind: np.zeros(256 * contexts, np.int64) for kind, contexts in KINDS.items()}
     for record in records:
         attention = () if contract.attention is None else codec.attention_streams(record)
-        for kind, numbers in chain(codec.signal_streams(record), attention):
-            counts[kind] += np.bincount(to_symbols(numbers)[0], minlength=256)
-    codes = {kind: tables.coding.learn(_possible(found)) for kind, found in counts.items() if found.any()}
-    return {kind: code for kind, code in codes.items() if code is not None}
+        for kind, numbers, contexts in chain(codec.signal_streams(record), attention):
+            symbols = to_symbols(numbers)[0] + 256 * np.asarray(contexts, np.int64)
+            counts[kind] += np.bincount(symbols, minlength=len(counts[kind]))
+    return {kind: _frequencies(found.reshape(-1, 256)) for kind, found in counts.items()}
 
 
-def _possible(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Counts in which neighbours of what was seen, and large numbers, are possible too."""
-    near = np.convolve(counts > 0, np.ones(2 * NEAR + 1), "same") > 0
-    return 16 * counts + near
+def _frequencies(counts_C: NDArray[np.int64]) -> Code:
+    """Those of a kind's contexts, each as if a few numbers of the others had been seen in it; none without numbers.
+
+    Neighbours of whatever was seen in any context are possible in each, and so are large numbers.
+    """
+    whole, scale = counts_C.sum(axis=0), 16
+    near = np.convolve(whole > 0, np.ones(2 * NEAR + 1), "same") > 0
+    shared = np.ceil(scale * OTHERS * whole / max(1, whole.sum())) + near
+    codes = [learn_frequencies(scale * counts + shared) if counts.any() else np.zeros(256) for counts in counts_C]
+    return np.stack(codes).astype(np.uint16)

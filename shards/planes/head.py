@@ -1,157 +1,397 @@
-"""The exact head of a record: the most probable ids of N positions, as ranks in an order and as levels."""
+"""The exact head of a record: the most probable ids of N positions, their probabilities and what they leave.
+
+- The label, the token that followed, stands beside the signal already: where the head has it, only its level is
+  stored, and the set holds the other ids.
+- Ids are ranks in the order of the position's class, probabilities are levels; both lie place by place.
+- The mass outside the head and the entropy are differences from what the head makes likely.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.compiled import compiled
 from shards.errors import Corrupt
-from shards.planes.id_sets import read_sets, set_streams
-from shards.planes.levels import ABSENT, Levels
+from shards.planes.id_sets import read_sets, set_stream
+from shards.planes.levels import nearest_level
 from shards.planes.numbers import Numbers
-from shards.planes.streams import StreamReader, Streams
+from shards.planes.rans import Index, Reader, Rows, Stream
 from shards.planes.tables import Tables
 
+Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+Keys = NDArray[np.uint32]
 
-LEAST_BORDERS, PLACE_BORDER = (0, 18, 23, 256), 16
-"""Levels are coded in six groups: by the least level of the position, and by the place of the id in its set."""
-_ABSENT_KEY, _ID_BITS = np.uint32(0xFFFFFFFF), np.uint32(0xFFFFFF)
+LEAST_BORDERS, PLACE_BORDER = (18, 23), 16
+"""Levels are coded in six contexts: by the least level of the position, and by the place of the id in its set."""
+TAIL_SCALE, TAIL_GUESS, NO_TAIL, MOST = 64, 1 / 3, 0, 60_000
+ENTROPY_SCALE = 256
+_ABSENT_KEY = 0xFFFFFFFF
+_FAULTS = ("", "a payload names a level that does not exist", "a payload's set holds the label of its position")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What is stored of N heads of at most K ids. Beyond a position's size stand absent levels."""
+    """What a cell says of N heads of at most K ids."""
 
-    classes_N: Numbers
-    sizes_N: Numbers
-    ranks_NK: NDArray[np.integer]
-    """Rising, in the order of the position's class."""
-    levels_NK: NDArray[np.uint8]
-    levels: Levels
-
-    @classmethod
-    def of(
-        cls, ids_NK: NDArray[np.int32], logprobs_NK: NDArray[np.float32], classes_N: Numbers, tables: Tables
-    ) -> Head:
-        """Absent ids are -1 and stand last."""
-        there_NK = ids_NK >= 0
-        ranks_NK = tables.ranks_CV.ravel()[classes_N[:, None] * tables.vocab_size + ids_NK]
-        keys_NK = ranks_NK << 8 | tables.levels.nearest(logprobs_NK.astype(np.float64))
-        keys_NK[~there_NK] = _ABSENT_KEY
-        keys_NK.sort(axis=1)
-        return cls(
-            classes_N=classes_N,
-            sizes_N=there_NK.sum(axis=1).astype(np.int32),
-            ranks_NK=keys_NK >> 8,
-            levels_NK=keys_NK.astype(np.uint8),
-            levels=tables.levels,
-        )
-
-    def streams(self) -> Streams:
-        """Least levels, ids, and levels above the least; classes and sizes are the caller's."""
-        least_N = self.levels_NK.min(axis=1)
-        yield "least", least_N
-        yield from set_streams("ids", self.ranks_NK, self.sizes_N)
-        there_NK = np.arange(self.levels_NK.shape[1]) < self.sizes_N[:, None]
-        above_NK = self.levels_NK - least_N[:, None]
-        for kind, rows, places in _level_groups(least_N, self.levels_NK.shape[1]):
-            yield kind, above_NK[rows, places][there_NK[rows, places]]
-
-    @classmethod
-    def read(cls, reader: StreamReader, classes_N: Numbers, sizes_N: Numbers, tables: Tables) -> Head:
-        """Raises Corrupt."""
-        least_N, width = reader.take("least", len(sizes_N)), int(sizes_N.max())
-        ranks_NK = read_sets(reader, "ids", sizes_N, width, tables.vocab_size)
-        groups_N = np.digitize(least_N, LEAST_BORDERS[1:-1])
-        first_N = np.minimum(sizes_N, PLACE_BORDER)
-        counts = [np.bincount(groups_N, part_N, len(LEAST_BORDERS) - 1) for part_N in (first_N, sizes_N - first_N)]
-        counts_G = np.stack(counts, axis=1).ravel().astype(np.int64)
-        above = reader.take_all([f"levels{group}" for group in range(len(counts_G))], counts_G.tolist())
-        levels_NK = np.empty((len(sizes_N), width), np.uint8)
-        highest = _fill_levels(least_N, sizes_N, groups_N, above, np.cumsum(counts_G) - counts_G, levels_NK)
-        if highest >= tables.levels.count:
-            raise Corrupt(f"a payload names level {highest} of {tables.levels.count}")
-        return cls(
-            classes_N=classes_N,
-            sizes_N=sizes_N,
-            ranks_NK=ranks_NK,
-            levels_NK=levels_NK,
-            levels=tables.levels,
-        )
-
-    @cached_property
-    def power_N(self) -> Float64:
-        """The sum of r^2 over each head."""
-        power_N: Float64 = self.levels.masses.take(self.levels_NK).sum(axis=1)
-        return power_N
-
-    @cached_property
-    def moment_N(self) -> Float64:
-        """The sum of r^2 log r^2 over each head."""
-        moment_N: Float64 = self.levels.moments.take(self.levels_NK).sum(axis=1)
-        return moment_N
-
-    @cached_property
-    def least_log_N(self) -> Float64:
-        """log r^2 of the least level of each head."""
-        least_log_N: Float64 = self.levels.logs[self.levels_NK.min(axis=1)]
-        return least_log_N
-
-    def entries(self, shift_N: Float64, tables: Tables) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Ids and log-probabilities by falling probability, equal levels by rising id; -1 and -inf where absent.
-
-        `shift_N` is what brings log r^2 to the log-probability.
-        """
-        keys_NK = self.levels.falling_keys.take(self.levels_NK)
-        keys_NK |= tables.id_in_order(self.classes_N, self.ranks_NK).view(np.uint32)
-        ragged = bool((self.sizes_N < keys_NK.shape[1]).any())
-        if ragged:
-            keys_NK[self.levels_NK == ABSENT] = _ABSENT_KEY
-        keys_NK.sort(axis=1)
-        ids_NK = (keys_NK & _ID_BITS).view(np.int32)
-        logprobs_NK = (self.levels.falling_logs.take(keys_NK >> 24) + shift_N[:, None]).astype(np.float32)
-        if ragged:
-            ids_NK[keys_NK == _ABSENT_KEY] = -1
-        return ids_NK, logprobs_NK
+    ids_NK: NDArray[np.int32]
+    """By falling probability, equal levels by rising id; -1 where absent."""
+    logprobs_NK: Float32
+    log_tail_N: Float64
+    """-inf where nothing is left. Where the tail is not known, what the kept ids leave."""
+    entropy_N: Float64 | None
+    """None where the tail is not known."""
 
 
-def _level_groups(least_N: NDArray[np.integer], width: int) -> Iterator[tuple[str, NDArray[np.intp], slice]]:
-    """(kind, positions, places)."""
-    border = min(PLACE_BORDER, width)
-    for group, (first, end) in enumerate(pairwise(LEAST_BORDERS)):
-        rows = np.flatnonzero((least_N >= first) & (least_N < end))
-        yield f"levels{2 * group}", rows, slice(0, border)
-        yield f"levels{2 * group + 1}", rows, slice(border, width)
+def head_streams(
+    ids_NK: NDArray[np.int32],
+    logprobs_NK: Float32,
+    log_tail_N: Float32,
+    entropy_N: Float32,
+    labels_N: Numbers,
+    classes_N: Numbers,
+    tables: Tables,
+    *,
+    sized: bool,
+    tail_known: bool,
+) -> tuple[list[Stream], Float64]:
+    """The streams of a head but its classes, and the log tail that will be decoded. Absent ids are -1 and stand last.
+
+    `sized` where heads differ in their sizes.
+    """
+    levels, (count, width) = tables.levels, ids_NK.shape
+    roots_NK = np.exp(np.float32(0.5) * logprobs_NK)
+    keys_NK = np.empty((count, width), np.uint32)
+    sizes_N, least_N, kept_N, tail_N, entropies_N = np.empty((5, count), np.int32)
+    decoded_N = np.empty(count)
+    _take_keys(
+        ids_NK,
+        roots_NK,
+        labels_N,
+        tables.ranks_CV,
+        classes_N,
+        levels.steps,
+        levels.borders,
+        levels.highest,
+        keys_NK,
+        sizes_N,
+        least_N,
+        kept_N,
+    )
+    keys_NK.sort(axis=1)
+    others_N = sizes_N - (kept_N > 0)
+    above = np.empty(int(others_N.sum()), np.int32)
+    contexts = np.empty(len(above), np.uint8)
+    _take_levels(keys_NK, others_N, least_N, above, contexts)
+    _take_outside(
+        roots_NK,
+        keys_NK,
+        sizes_N,
+        others_N,
+        least_N,
+        kept_N,
+        log_tail_N,
+        entropy_N,
+        levels.masses,
+        levels.moments,
+        levels.logs,
+        np.log(tables.vocab_size),
+        tail_known,
+        tail_N,
+        entropies_N,
+        decoded_N,
+    )
+    streams = [
+        *([Stream("sizes", sizes_N - 1)] if sized else []),
+        Stream("least", least_N),
+        Stream("labels", kept_N),
+        set_stream("ids", (keys_NK >> 8).view(np.int32), others_N),
+        Stream("levels", above, contexts),
+        Stream("tail", tail_N),
+        *([Stream("entropy", entropies_N)] if tail_known else []),
+    ]
+    return streams, decoded_N
+
+
+def read_head(
+    reader: Reader,
+    classes_N: Numbers,
+    sizes_N: Numbers,
+    least_N: Numbers,
+    kept_N: Numbers,
+    labels_N: Numbers,
+    tables: Tables,
+    *,
+    tail_known: bool,
+) -> Head:
+    """The inverse of `head_streams`. Raises Corrupt."""
+    levels, count = tables.levels, len(sizes_N)
+    others_N = sizes_N - (kept_N > 0)
+    ranks = read_sets(reader, "ids", others_N, tables.vocab_size)
+    rows = np.empty(len(ranks) + (1 + tail_known) * count, np.uint16)
+    _choose_rows(others_N, least_N, reader.row("levels"), rows)
+    rows[len(ranks) : len(ranks) + count] = reader.row("tail")
+    rows[len(ranks) + count :] = reader.row("entropy")
+    numbers = reader.take_rows(rows)
+    keys_NK = np.full((count, int(sizes_N.max())), _ABSENT_KEY, np.uint32)
+    log_tail_N, entropy_N, shift_N = np.empty((3, count))
+    fault = _fill_keys(
+        ranks,
+        numbers,
+        classes_N,
+        sizes_N,
+        least_N,
+        kept_N,
+        labels_N,
+        tables.orders_CV,
+        levels.masses,
+        levels.moments,
+        levels.logs,
+        np.log(tables.vocab_size),
+        tail_known,
+        keys_NK,
+        log_tail_N,
+        entropy_N,
+        shift_N,
+    )
+    if fault:
+        raise Corrupt(_FAULTS[fault])
+    keys_NK.sort(axis=1)
+    ids_NK, logprobs_NK = np.empty(keys_NK.shape, np.int32), np.empty(keys_NK.shape, np.float32)
+    _fill_entries(keys_NK, levels.logs, shift_N, ids_NK, logprobs_NK)
+    return Head(
+        ids_NK=ids_NK,
+        logprobs_NK=logprobs_NK,
+        log_tail_N=log_tail_N,
+        entropy_N=entropy_N if tail_known else None,
+    )
 
 
 @compiled
-def _fill_levels(
-    least_N: Numbers,
+def _take_keys(
+    ids_NK: NDArray[np.int32],
+    roots_NK: Float32,
+    labels_N: Numbers,
+    ranks_CV: NDArray[np.uint32],
+    classes_N: Numbers,
+    steps: int,
+    borders: Float64,
+    highest: NDArray[np.uint8],
+    keys_NK: Keys,
     sizes_N: Numbers,
-    groups_N: NDArray[np.intp],
-    above: Numbers,
-    starts_G: NDArray[np.int64],
-    levels_NK: NDArray[np.uint8],
-) -> int:
-    """Fill the levels, absent ones beyond each size, and return the highest, whether it fits a byte or not."""
-    at_G, highest = starts_G.copy(), 0
-    for row in range(len(sizes_N)):
+    least_N: Numbers,
+    kept_N: Numbers,
+) -> None:
+    """Rank and level of each id but the label, which has its own number: 0 where it is not kept."""
+    for row in range(len(ids_NK)):
+        size = 0
+        least: Index = 255
+        kept: Index = -1
+        for place in range(ids_NK.shape[1]):
+            id_ = ids_NK[row, place]
+            keys_NK[row, place] = 0xFFFFFFFF
+            if id_ >= 0:
+                level = nearest_level(np.float64(roots_NK[row, place]) * steps, borders, highest)
+                size += 1
+                least = level if level < least else least
+                if id_ == labels_N[row]:
+                    kept = level
+                else:
+                    keys_NK[row, place] = ranks_CV[classes_N[row], id_] << np.uint32(8) | np.uint32(level)
+        sizes_N[row], least_N[row], kept_N[row] = size, least, kept - least + 1 if kept >= 0 else 0
+
+
+@compiled
+def _level_context(least: int, place: int) -> int:
+    return 2 * ((least >= 18) + (least >= 23)) + (place >= 16)
+
+
+@compiled
+def _take_levels(
+    keys_NK: Keys, others_N: Numbers, least_N: Numbers, above: Numbers, contexts: NDArray[np.uint8]
+) -> None:
+    index = 0
+    for place in range(keys_NK.shape[1]):
+        for row in range(len(keys_NK)):
+            if place < others_N[row]:
+                above[index] = np.int64(keys_NK[row, place] & np.uint32(255)) - least_N[row]
+                contexts[index] = _level_context(least_N[row], place)
+                index += 1
+
+
+@compiled
+def _choose_rows(others_N: Numbers, least_N: Numbers, first: int, rows: Rows) -> None:
+    index, place, more = 0, 0, True
+    while more:
+        more = False
+        for row in range(len(others_N)):
+            if place < others_N[row]:
+                rows[index] = first + _level_context(least_N[row], place)
+                index += 1
+                more = True
+        place += 1
+
+
+@compiled
+def _outside(
+    number: int, least_log: float, size: int, power: float, moment: float, log_vocab: float
+) -> tuple[float, float, float]:
+    """log tail, what brings log r^2 to log p, and the likely entropy.
+
+    `power` and `moment` are the sums of r^2 and r^2 log r^2 over the head. The tail is likely to weigh as much as the
+    head's least entry times its size, and to be spread evenly over about a third of the vocabulary.
+    """
+    log_head, log_tail, rest = 0.0, -np.inf, 0.0
+    if number > 0:
+        steps = number >> 1 if number & 1 else -(number >> 1)
+        odds = steps / 64 + least_log + np.log(size / power) + 1 / 3
+        log_head, log_tail = -_softplus(odds), -_softplus(-odds)
+        rest = np.exp(log_tail) * (log_vocab - 1 - log_tail)
+    shift = log_head - np.log(power)
+    return log_tail, shift, rest - np.exp(shift) * (moment + shift * power)
+
+
+@compiled
+def _softplus(x: float) -> float:
+    """log(1 + e^x)."""
+    return max(x, 0.0) + float(np.log1p(np.exp(-abs(x))))
+
+
+@compiled
+def _folded(steps: float) -> int:
+    """Rounded; see `zigzag`."""
+    rounded = int(np.rint(steps))
+    return -2 * rounded - 1 if rounded < 0 else 2 * rounded
+
+
+@compiled
+def _take_outside(
+    roots_NK: Float32,
+    keys_NK: Keys,
+    sizes_N: Numbers,
+    others_N: Numbers,
+    least_N: Numbers,
+    kept_N: Numbers,
+    log_tail_N: Float32,
+    entropy_N: Float32,
+    masses: Float64,
+    moments: Float64,
+    logs: Float64,
+    log_vocab: float,
+    tail_known: bool,
+    tail_numbers_N: Numbers,
+    entropy_numbers_N: Numbers,
+    decoded_N: Float64,
+) -> None:
+    """The numbers of tails and entropies, and the log tails that they will give."""
+    for row in range(len(keys_NK)):
+        mass = power = moment = 0.0
         for place in range(sizes_N[row]):
-            group = 2 * groups_N[row] + (place >= 16)
-            level = least_N[row] + above[at_G[group]]
-            at_G[group] += 1
-            highest = max(highest, level)
-            levels_NK[row, place] = level & 255
-        for place in range(sizes_N[row], levels_NK.shape[1]):
-            levels_NK[row, place] = 255
-    return highest
+            mass += np.float64(roots_NK[row, place]) ** 2
+        for place in range(others_N[row]):
+            level = keys_NK[row, place] & np.uint32(255)
+            power += masses[level]
+            moment += moments[level]
+        least_log = logs[least_N[row]]
+        if kept_N[row] > 0:
+            level = least_N[row] + kept_N[row] - 1
+            power += masses[level]
+            moment += moments[level]
+        left = float(log_tail_N[row])
+        if not tail_known:
+            left = float(np.log(1 - mass)) if mass < 1 else -np.inf
+        number = 0
+        if left > -np.inf:
+            steps = 64 * (left - np.log(mass) - least_log - np.log(sizes_N[row] / power) - 1 / 3)
+            number = 1 + _folded(min(max(steps, -60_000.0), 60_000.0))
+        decoded_N[row], _, likely = _outside(number, least_log, sizes_N[row], power, moment, log_vocab)
+        tail_numbers_N[row] = number
+        if tail_known:
+            entropy_numbers_N[row] = _folded(256 * (float(entropy_N[row]) - likely))
 
 
-assert (PLACE_BORDER, ABSENT) == (16, 255), "as the loop has them"
+@compiled
+def _fill_keys(
+    ranks: Numbers,
+    numbers: Numbers,
+    classes_N: Numbers,
+    sizes_N: Numbers,
+    least_N: Numbers,
+    kept_N: Numbers,
+    labels_N: Numbers,
+    orders_CV: NDArray[np.int32],
+    masses: Float64,
+    moments: Float64,
+    logs: Float64,
+    log_vocab: float,
+    tail_known: bool,
+    keys_NK: Keys,
+    log_tail_N: Float64,
+    entropy_N: Float64,
+    shift_N: Float64,
+) -> int:
+    """Keys that rise as probabilities fall, and what lies outside. Returns the number of a fault, or 0.
+
+    `numbers` are those of the levels, place by place, of the tails and of the entropies.
+    """
+    count, highest = len(sizes_N), len(masses)
+    power_N, moment_N, others_N = np.zeros(count), np.zeros(count), np.empty(count, np.int64)
+    for row in range(count):
+        others_N[row] = sizes_N[row]
+        if least_N[row] >= highest:
+            return 1
+        if kept_N[row] > 0:
+            others_N[row] -= 1
+            level = least_N[row] + kept_N[row] - 1
+            if level >= highest:
+                return 1
+            keys_NK[row, others_N[row]] = np.uint32(254 - level) << np.uint32(24) | np.uint32(labels_N[row])
+            power_N[row], moment_N[row] = masses[level], moments[level]
+    index = 0
+    for place in range(keys_NK.shape[1]):
+        for row in range(count):
+            if place < others_N[row]:
+                id_, level = orders_CV[classes_N[row], ranks[index]], least_N[row] + numbers[index]
+                if level >= highest:
+                    return 1
+                if id_ == labels_N[row]:
+                    return 2
+                index += 1
+                keys_NK[row, place] = np.uint32(254 - level) << np.uint32(24) | np.uint32(id_)
+                power_N[row] += masses[level]
+                moment_N[row] += moments[level]
+    for row in range(count):
+        log_tail_N[row], shift_N[row], likely = _outside(
+            numbers[index + row], logs[least_N[row]], sizes_N[row], power_N[row], moment_N[row], log_vocab
+        )
+        if tail_known:
+            folded = numbers[index + count + row]
+            entropy_N[row] = likely + ((folded >> 1) ^ -(folded & 1)) / 256
+    return 0
+
+
+@compiled
+def _fill_entries(
+    keys_NK: Keys, logs: Float64, shift_N: Float64, ids_NK: NDArray[np.int32], logprobs_NK: Float32
+) -> None:
+    for row in range(len(keys_NK)):
+        for place in range(keys_NK.shape[1]):
+            key = keys_NK[row, place]
+            if key == 0xFFFFFFFF:
+                ids_NK[row, place], logprobs_NK[row, place] = -1, -np.inf
+            else:
+                ids_NK[row, place] = key & np.uint32(0xFFFFFF)
+                logprobs_NK[row, place] = logs[254 - (key >> np.uint32(24))] + shift_N[row]
+
+
+assert (LEAST_BORDERS, PLACE_BORDER, TAIL_SCALE, TAIL_GUESS, MOST, ENTROPY_SCALE) == (
+    (18, 23),
+    16,
+    64,
+    1 / 3,
+    60_000,
+    256,
+), "as the loops have them"

@@ -1,9 +1,9 @@
 """Sets of ids, one a position, in the order of the position's class.
 
 - The class is chosen whose order puts the ids of the set first.
-- Whether a set holds the first 28 ids of the order is stored as four bitmaps of seven: most of them are likely either
-  way, and together they say more than one by one.
-- The others are gaps between their ranks, coded in groups by their place in the set: the last gaps are the widest.
+- A set is the gaps between its rising ranks. How wide the next gap will be is known roughly: ids grow rare with their
+  rank, and those that are left must find room. That chooses its code.
+- The gaps of all sets lie place by place, so that one does not wait for the one before it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from numpy.typing import NDArray
 from shards.compiled import compiled
 from shards.errors import Corrupt
 from shards.planes.numbers import Numbers
-from shards.planes.streams import StreamReader, Streams
-from shards.planes.tables import MOST_COST, Tables
+from shards.planes.rans import Bytes, Index, Places, Reader, Shares, States, Stream, Words, next_number
+from shards.planes.tables import GAP_CONTEXTS, MAX_CLASSES, MOST_COST, Tables
 
-MAPS, MAP_BITS = 4, 7
-MAPPED = MAPS * MAP_BITS
-GROUPS = (0, 16, 32, 48)
-"""The first place of each group of gaps."""
+Contexts = NDArray[np.uint8]
+
+ABSENT_RANK = 1 << 24
+"""Ranks of ids that are not in a set; they stand last."""
+RANK_OFFSET = 10
+"""Ranks up to about this one are all equally likely to be kept."""
+_NEXT = np.rint(8 * np.log2(RANK_OFFSET + np.arange(1 << 16))).astype(np.uint8)
+_LEFT = np.rint(8 * np.log2(np.maximum(np.arange(1 << 12), 1))).astype(np.uint8)
 
 
 def choose_classes(ids_NK: NDArray[np.int32], tables: Tables) -> Numbers:
@@ -28,117 +32,137 @@ def choose_classes(ids_NK: NDArray[np.int32], tables: Tables) -> Numbers:
 
     Sums of 64 costs fit 16 bits, so that four classes are added up at once.
     """
-    costs_VW = tables.costs_VW
-    costs_NW = np.zeros((len(ids_NK), costs_VW.shape[1]), np.uint64)
-    _add_costs(ids_NK[:, : (1 << 16) // (MOST_COST + 1) - 1], costs_VW, costs_NW)
-    classes_N: Numbers = costs_NW.view(np.uint16).argmin(axis=1).astype(np.int32)
+    classes_N = np.empty(len(ids_NK), np.int32)
+    _choose(ids_NK, tables.costs_VW, classes_N)
     return classes_N
 
 
-@compiled
-def _add_costs(ids_NK: NDArray[np.int32], costs_VW: NDArray[np.uint64], costs_NW: NDArray[np.uint64]) -> None:
-    for row in range(ids_NK.shape[0]):
-        for place in range(ids_NK.shape[1]):
-            if ids_NK[row, place] < 0:
-                break
-            for word in range(costs_NW.shape[1]):
-                costs_NW[row, word] += costs_VW[ids_NK[row, place], word]
+def set_stream(kind: str, ranks_NK: Numbers, sizes_N: Numbers) -> Stream:
+    """The gaps of sets given as rising ranks; what lies beyond a set's size means nothing."""
+    count = int(sizes_N.sum())
+    gaps, contexts = np.empty(count, np.int32), np.empty(count, np.uint8)
+    _take_gaps(ranks_NK, sizes_N, _NEXT, _LEFT, gaps, contexts)
+    return Stream(kind, gaps, contexts)
 
 
-def set_streams(prefix: str, ranks_NK: NDArray[np.integer], sizes_N: Numbers) -> Streams:
-    """Streams of sets given as rising ranks; what lies beyond a set's size means nothing."""
-    rising_NK: Numbers = ranks_NK.astype(np.int32)
-    sizes_N = sizes_N.astype(np.int32, copy=False)
-    maps_AN, counts_G = np.zeros((MAPS, len(rising_NK)), np.int32), np.zeros(len(GROUPS), np.int64)
-    _map_ranks(rising_NK, sizes_N, maps_AN)
-    _count_gaps(maps_AN, sizes_N, MAPPED, counts_G)
-    gaps = np.empty(int(counts_G.sum()), np.int32)
-    _take_gaps(rising_NK, sizes_N, np.cumsum(counts_G) - counts_G, gaps)
-    yield from ((f"{prefix}-map{map_}", map_N) for map_, map_N in enumerate(maps_AN))
-    yield from ((f"{prefix}-gaps{group}", part) for group, part in enumerate(np.split(gaps, np.cumsum(counts_G)[:-1])))
-
-
-@compiled
-def _map_ranks(ranks_NK: Numbers, sizes_N: Numbers, maps_AN: Numbers) -> None:
-    for row in range(len(sizes_N)):
-        for place in range(sizes_N[row]):
-            rank = ranks_NK[row, place]
-            if rank >= 28:
-                break
-            maps_AN[rank // 7, row] |= 1 << rank % 7
-
-
-@compiled
-def _take_gaps(ranks_NK: Numbers, sizes_N: Numbers, starts_G: NDArray[np.int64], gaps: Numbers) -> None:
-    """Fill as many gaps as `_count_gaps` counted."""
-    at_G = starts_G.copy()
-    for row in range(len(sizes_N)):
-        before = 27
-        for place in range(sizes_N[row]):
-            rank = ranks_NK[row, place]
-            if rank >= 28:
-                group = min(place >> 4, 3)
-                gaps[at_G[group]] = rank - before - 1
-                at_G[group] += 1
-                before = rank
-
-
-def read_sets(reader: StreamReader, prefix: str, sizes_N: Numbers, width: int, bound: int) -> Numbers:
-    """Ranks [N, width], rising; what lies beyond a set's size is some rank below `bound`. Raises Corrupt."""
-    maps_AN = reader.take_all([f"{prefix}-map{map_}" for map_ in range(MAPS)], [len(sizes_N)] * MAPS)
-    maps_AN = maps_AN.reshape(MAPS, -1)
-    if maps_AN.max(initial=0) >= 1 << MAP_BITS:
-        raise Corrupt(f"a payload's map has {maps_AN.max()}, more than {MAP_BITS} bits")
-    counts_G = np.zeros(len(GROUPS), np.int64)
-    if not _count_gaps(maps_AN, sizes_N, bound, counts_G):
-        raise Corrupt("a payload maps ids that do not exist, or more than belong there")
-    gaps = reader.take_all([f"{prefix}-gaps{group}" for group in range(len(GROUPS))], counts_G.tolist())
-    ranks_NK = np.empty((len(sizes_N), width), np.int32)
-    if not _fill_ranks(maps_AN, sizes_N, gaps, np.cumsum(counts_G) - counts_G, bound, ranks_NK):
+def read_sets(reader: Reader, kind: str, sizes_N: Numbers, bound: int) -> Numbers:
+    """The ranks of sets of these sizes, all below `bound`, place by place. Raises Corrupt."""
+    ranks = np.empty(int(sizes_N.sum()), np.int32)
+    if not _fill_ranks(*reader.source, reader.row(kind), _NEXT, _LEFT, sizes_N, bound, ranks):
         raise Corrupt(f"a payload names a rank outside {bound}")
-    return ranks_NK
+    return ranks
+
+
+def by_place(values_NK: NDArray[np.integer], sizes_N: Numbers) -> NDArray[np.integer]:
+    """The first of each set, then the second of each that has two, …"""
+    there_KN = np.arange(values_NK.shape[1])[:, None] < sizes_N
+    return values_NK.T[there_KN]
+
+
+def from_places(values: Numbers, sizes_N: Numbers, width: int, fill: int) -> Numbers:
+    """[N, width]: the inverse of `by_place`."""
+    values_KN = np.full((width, len(sizes_N)), fill, np.int32)
+    values_KN[np.arange(width)[:, None] < sizes_N] = values
+    return values_KN.T
+
+
+assert (int(_NEXT[-1]) + 24 >> 3) + 1 == GAP_CONTEXTS, "as its contexts come out"
 
 
 @compiled
-def _count_gaps(maps_AN: Numbers, sizes_N: Numbers, bound: int, counts_G: NDArray[np.int64]) -> bool:
-    """Count the gaps of each group; False where a map has a rank beyond `bound`, or more ranks than its set."""
-    for row in range(len(sizes_N)):
-        mapped = 0
-        for rank in range(28):
-            if maps_AN[rank // 7, row] >> rank % 7 & 1:
-                if rank >= bound:
-                    return False
-                mapped += 1
-        if mapped > sizes_N[row]:
-            return False
-        for place in range(mapped, sizes_N[row]):
-            counts_G[min(place >> 4, 3)] += 1
-    return True
+def _choose(ids_NK: Numbers, costs_VW: NDArray[np.uint64], classes_N: Numbers) -> None:
+    lanes = np.empty(6, np.uint64)
+    for row in range(len(ids_NK)):
+        a = b = c = d = e = f = np.uint64(0)
+        for place in range(min(ids_NK.shape[1], 64)):
+            id_ = ids_NK[row, place]
+            if id_ < 0:
+                break
+            a += costs_VW[id_, 0]
+            b += costs_VW[id_, 1]
+            c += costs_VW[id_, 2]
+            d += costs_VW[id_, 3]
+            e += costs_VW[id_, 4]
+            f += costs_VW[id_, 5]
+        lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5] = a, b, c, d, e, f
+        least = np.uint64(65536)
+        for number in range(24):
+            cost = lanes[number >> 2] >> np.uint64(16 * (number & 3)) & np.uint64(65535)
+            if cost < least:
+                least, classes_N[row] = cost, number
+
+
+assert (64 * (MOST_COST + 1) < 1 << 16, MAX_CLASSES) == (True, 24), "as the loop has them"
+
+
+@compiled
+def _context(least: int, left: int, next_steps: Contexts, left_steps: Contexts) -> Index:
+    """In octaves, how wide a gap is likely that begins at rank `least` where `left` ids are still to come."""
+    wide = np.int64(next_steps[min(least, 65535)]) - np.int64(left_steps[min(left, 4095)]) + 24
+    return (wide if wide > 0 else np.int64(0)) >> 3
+
+
+@compiled
+def _take_gaps(
+    ranks_NK: Numbers, sizes_N: Numbers, next_steps: Contexts, left_steps: Contexts, gaps: Numbers, contexts: Contexts
+) -> None:
+    going, least_N = np.arange(len(sizes_N)), np.zeros(len(sizes_N), np.int64)
+    index, place, count = 0, 0, len(sizes_N)
+    while count:
+        still = 0
+        for at in range(count):
+            row = going[at]
+            left = sizes_N[row] - place
+            if left > 0:
+                going[still] = row
+                still += 1
+                contexts[index] = _context(least_N[row], left, next_steps, left_steps)
+                gaps[index] = ranks_NK[row, place] - least_N[row]
+                index += 1
+                least_N[row] = ranks_NK[row, place] + 1
+        count = still
+        place += 1
 
 
 @compiled
 def _fill_ranks(
-    maps_AN: Numbers, sizes_N: Numbers, gaps: Numbers, starts_G: NDArray[np.int64], bound: int, ranks_NK: Numbers
+    words: Words,
+    sides: Bytes,
+    states: States,
+    places: Places,
+    symbols: Bytes,
+    shares: Shares,
+    first: int,
+    next_steps: Contexts,
+    left_steps: Contexts,
+    sizes_N: Numbers,
+    bound: int,
+    ranks: Numbers,
 ) -> bool:
-    """Fill the ranks from as many gaps as `_count_gaps` counted; False where one is not below `bound`."""
-    at_G = starts_G.copy()
-    for row in range(len(sizes_N)):
-        mapped = 0
-        for rank in range(28):
-            if maps_AN[rank // 7, row] >> rank % 7 & 1:
-                ranks_NK[row, mapped] = rank
-                mapped += 1
-        rank = 27
-        for place in range(mapped, sizes_N[row]):
-            group = min(place >> 4, 3)
-            rank += gaps[at_G[group]] + 1
-            at_G[group] += 1
-            if rank >= bound:
-                return False
-            ranks_NK[row, place] = rank
-        for place in range(sizes_N[row], ranks_NK.shape[1]):
-            ranks_NK[row, place] = bound - 1
-    return True
-
-
-assert (MAPPED, MAP_BITS, GROUPS) == (28, 7, (0, 16, 32, 48)), "as the loops have them"
+    """Fill `ranks` and move states and places on; False where one is not below `bound`."""
+    turn: Index = places[0]
+    word: Index = places[1]
+    side: Index = places[2]
+    going, least_N = np.arange(len(sizes_N)), np.zeros(len(sizes_N), np.int64)
+    index, place, count, fits = 0, 0, len(sizes_N), True
+    while count:
+        still = 0
+        for at in range(count):
+            row = going[at]
+            left = sizes_N[row] - place
+            if left > 0:
+                going[still] = row
+                still += 1
+                code = first + _context(least_N[row], left, next_steps, left_steps)
+                gap, word, side = next_number(words, sides, states, symbols, shares, code, turn, word, side)
+                turn = turn + 1 & 7
+                rank = least_N[row] + gap
+                if rank >= bound:
+                    rank, fits = bound - 1, False
+                ranks[index] = rank
+                index += 1
+                least_N[row] = rank + 1
+        count = still
+        place += 1
+    places[0], places[1], places[2] = turn, word, side
+    return fits

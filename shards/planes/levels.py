@@ -12,39 +12,40 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.compiled import compiled
+
 Float64 = NDArray[np.float64]
 
 LEAST_STEPS, MOST_STEPS = 16, 284
 """Bounds of S: with the most, there are 254 levels."""
 FACTOR, SMALL, EVEN_FROM, EVEN_TO = 0.55, 18, 3, 192
 """Levels below the even ones; first and last even root, in steps."""
-ABSENT = 255
-"""Stands where there is no entry."""
 
 
 class Levels:
-    """The levels of S steps, and tables of 256 by level in which absent ones come to nothing."""
+    """The levels of S steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.roots = level_roots(steps)
         self.count = len(self.roots)
         self.logs = 2 * np.log(self.roots)
-        absent = np.zeros(256 - self.count)
-        self.masses = np.concatenate([self.roots**2, absent])
-        self.moments = np.concatenate([self.roots**2 * self.logs, absent])
-        self.falling_keys = (self.count - 1 - np.arange(256) & 0xFF).astype(np.uint32) << 24
-        """For sorting: the distance from the highest level, in the top byte."""
-        self.falling_logs = np.concatenate([self.logs[::-1], absent - np.inf])
-        self._borders = (self.roots[1:] + self.roots[:-1]) / 2
+        self.masses = self.roots**2
+        self.moments = self.masses * self.logs
+        self.borders = np.concatenate([[0], (self.roots[1:] + self.roots[:-1]) / 2 * steps])
+        """Where each level begins, in steps."""
+        ends = (np.arange(32 * (steps + 2)) + 1) / 32
+        self.highest = (np.searchsorted(self.borders, ends, side="left") - 1).astype(np.uint8)
+        """The highest level of each 1/32 of a step."""
 
-    def nearest(self, logprobs: Float64) -> NDArray[np.uint32]:
-        """The level whose root is nearest to sqrt(p)."""
-        steps = self.steps * np.exp(logprobs / 2)
-        levels: NDArray[np.uint32] = (np.maximum(np.rint(steps), EVEN_FROM) + (SMALL - EVEN_FROM)).astype(np.uint32)
-        odd = (steps < EVEN_FROM) | (steps > min(EVEN_TO, self.steps))
-        levels[odd] = np.searchsorted(self._borders, steps[odd] / self.steps)
-        return levels
+
+@compiled
+def nearest_level(root: float, borders: Float64, highest: NDArray[np.uint8]) -> np.integer:
+    """The level whose root is nearest, all in steps."""
+    level = np.int64(highest[min(int(32 * root), len(highest) - 1)])
+    while root < borders[level]:
+        level -= 1
+    return level
 
 
 def level_roots(steps: int) -> Float64:

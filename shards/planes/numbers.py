@@ -9,12 +9,9 @@ The symbols of a stream are what an entropy coder sees; side bytes are close to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
-Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.int32]
 
 ALONE, WIDE = 192, 255
@@ -22,33 +19,12 @@ WIDE_FROM = ALONE + ((WIDE - ALONE) << 8)
 LIMIT = 1 << 24
 
 
-def to_symbols(numbers: NDArray[np.integer]) -> tuple[Bytes, Bytes]:
-    """Symbols and side bytes: first those of one, then those of three, each in the order of their numbers."""
+def to_symbols(numbers: NDArray[np.integer]) -> tuple[NDArray[np.uint8], int]:
+    """The symbols, and how many side bytes they take."""
     numbers = numbers.ravel()
-    large = np.flatnonzero(numbers >= ALONE)
-    symbols = numbers.astype(np.uint8)
-    if not large.size:
-        return symbols, symbols[:0]
-    rest = numbers[large].astype(np.int64) - ALONE
-    wide = rest >= WIDE_FROM - ALONE
-    symbols[large] = np.where(wide, WIDE, ALONE + (rest >> 8))
-    wides = (rest[wide] + ALONE).astype("<u4").view(np.uint8).reshape(-1, 4)[:, :3]
-    return symbols, np.concatenate([rest[~wide].astype(np.uint8), wides.ravel()])
-
-
-def from_symbols(symbols: Bytes, take: Callable[[int], Bytes]) -> Numbers:
-    """The inverse of `to_symbols`. `take` gives the next so many side bytes."""
-    numbers = symbols.astype(np.int32)
-    if symbols.max(initial=0) < ALONE:
-        return numbers
-    large = np.flatnonzero(symbols >= ALONE)
-    wide = large[symbols[large] == WIDE]
-    short = large if not wide.size else large[symbols[large] < WIDE]
-    numbers[short] = ((numbers[short] - ALONE) << 8) + ALONE + take(short.size)
-    if wide.size:
-        low, middle, high = take(3 * wide.size).reshape(-1, 3).T.astype(np.int32)
-        numbers[wide] = low | middle << 8 | high << 16
-    return numbers
+    wide, alone = numbers >= WIDE_FROM, numbers < ALONE
+    symbols = np.where(wide, WIDE, np.where(alone, numbers, ALONE + (numbers - ALONE >> 8))).astype(np.uint8)
+    return symbols, int(3 * np.count_nonzero(wide) + np.count_nonzero(~wide & ~alone))
 
 
 def zigzag(numbers: NDArray[np.integer]) -> NDArray[np.integer]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from shards import byte_planes
 from shards.errors import Corrupt
 from shards.planes.levels import LEAST_STEPS, MOST_STEPS, Levels, levels_of
-from shards.planes.streams import Code, StreamCoder, varint
+from shards.planes.rans import Code, Coder, are_frequencies
 
 Ids = NDArray[np.int32]
 
@@ -26,15 +26,34 @@ MOST_COST = 1_000
 _COST_SCALE = MOST_COST / np.log(1 << 24)
 MAX_BYTES = 1 << 26
 """Tables expanded, at most."""
+_CODE_PLANES = 2
 
-SETS, GROUPS = ("ids", "drawn", "keys"), range(4)
-KINDS = (
-    *("sizes", "classes", "least", *(f"levels{group}" for group in range(6)), "tail", "entropy"),
-    *(f"{prefix}-{part}{group}" for prefix in SETS for part in ("map", "gaps") for group in GROUPS),
-    *("counts", "log-probs", "values0", "values1", "slopes0", "slopes1"),
-    *("key-counts", "key-orders", "key-shares", "shares0", "shares1", "shares2", "masses", "row-entropies"),
-)
-"""The kinds of streams, by their numbers in the bytes."""
+GAP_CONTEXTS = 20
+"""See `id_sets.py`."""
+KINDS: Mapping[str, int] = {
+    "classes": 1,
+    "sizes": 1,
+    "least": 1,
+    "labels": 1,
+    "ids": GAP_CONTEXTS,
+    "levels": 6,
+    "tail": 1,
+    "entropy": 1,
+    "drawn-labels": 1,
+    "drawn": GAP_CONTEXTS,
+    "counts": 1,
+    "log-probs": 1,
+    "values": 2,
+    "slopes": 2,
+    "key-counts": 1,
+    "key-orders": 1,
+    "key-shares": 1,
+    "keys": GAP_CONTEXTS,
+    "shares": 3,
+    "masses": 1,
+    "row-entropies": 1,
+}
+"""The kinds of streams and how many contexts each has, by their order in the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +68,7 @@ class Tables:
     leading: tuple[Ids, ...]
     """The ids that lead the order of each class; at least one class."""
     codes: Mapping[str, Code]
-    """By kind of stream; kinds without a code are missing."""
-    coding: type[StreamCoder]
-    """What the codes are made for."""
+    """Of every kind of stream."""
 
     @cached_property
     def orders_CV(self) -> Ids:
@@ -71,22 +88,22 @@ class Tables:
 
     @cached_property
     def costs_VW(self) -> NDArray[np.uint64]:
-        """[V + 1, C / 4]: log(1 + rank), about what an id costs in each order, as 16-bit steps, four in a number.
+        """[V, 6]: log(1 + rank), about what an id costs in each order, as 16-bit steps, four in a number.
 
-        The last row, of the absent id, is 0; classes that do not exist cost most.
+        Classes that do not exist cost most.
         """
         steps_CV = np.rint(_COST_SCALE * np.log1p(self.ranks_CV.astype(np.float64))).astype(np.uint16)
-        absent_and_others = ((0, -len(steps_CV) % 4), (0, 0))
-        steps_VC = np.pad(steps_CV, absent_and_others, constant_values=MOST_COST).T
-        return np.ascontiguousarray(np.pad(steps_VC, ((0, 1), (0, 0)))).view(np.uint64)
+        others = ((0, MAX_CLASSES - len(steps_CV)), (0, 0))
+        steps_VC = np.pad(steps_CV, others, constant_values=MOST_COST).T
+        return np.ascontiguousarray(steps_VC).view(np.uint64)
 
     @property
     def levels(self) -> Levels:
         return levels_of(self.steps)
 
     @cached_property
-    def coder(self) -> StreamCoder:
-        return self.coding(self.codes)
+    def coder(self) -> Coder:
+        return Coder(self.codes)
 
     def to_bytes(self) -> bytes:
         """One zstandard frame; see FORMAT.md."""
@@ -96,14 +113,23 @@ class Tables:
             parts.append(varint(len(ids)))
             parts += (plane.tobytes() for plane in byte_planes.split(ids, width))
         for kind in KINDS:
-            code = self.codes.get(kind, np.zeros(256, np.uint16))
-            parts += (plane.tobytes() for plane in byte_planes.split(code, self.coding.code_planes))
+            parts += (plane.tobytes() for plane in byte_planes.split(self.codes[kind], _CODE_PLANES))
         return zstandard.ZstdCompressor(level=19).compress(b"".join(parts))
 
     @classmethod
-    def from_bytes(cls, data: bytes, vocab_size: int, coding: type[StreamCoder]) -> Tables:
+    def from_bytes(cls, data: bytes, vocab_size: int) -> Tables:
         """Raises Corrupt. The tables of the last few calls are kept: shards of a set share theirs."""
-        return _parsed(data, vocab_size, coding)
+        return _parsed(data, vocab_size)
+
+
+def varint(value: int) -> bytes:
+    """7 bits a byte, low ones first, the top bit set on all but the last."""
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    found.append(value)
+    return bytes(found)
 
 
 def fingerprint(data: bytes) -> str:
@@ -112,7 +138,7 @@ def fingerprint(data: bytes) -> str:
 
 
 @lru_cache(maxsize=4)
-def _parsed(data: bytes, vocab_size: int, coding: type[StreamCoder]) -> Tables:
+def _parsed(data: bytes, vocab_size: int) -> Tables:
     content = _Content(_expanded(data))
     width = byte_planes.planes_for(vocab_size - 1)
     steps, classes = content.varint(), content.varint()
@@ -121,17 +147,16 @@ def _parsed(data: bytes, vocab_size: int, coding: type[StreamCoder]) -> Tables:
     if not 1 <= classes <= MAX_CLASSES:
         raise Corrupt(f"tables of {classes} classes, at most {MAX_CLASSES} there are")
     common, *leading = (content.ids(width, vocab_size) for _ in range(1 + classes))
-    codes = {kind: content.code(coding.code_planes) for kind in KINDS}
+    codes = {kind: content.code(contexts) for kind, contexts in KINDS.items()}
     content.end()
-    if not all(coding.is_code(code) for code in codes.values() if code.any()):
+    if not all(map(are_frequencies, codes.values())):
         raise Corrupt("tables hold a code that is none")
     return Tables(
         vocab_size=vocab_size,
         steps=steps,
         common=common,
         leading=tuple(leading),
-        codes={kind: code for kind, code in codes.items() if code.any()},
-        coding=coding,
+        codes=codes,
     )
 
 
@@ -175,8 +200,9 @@ class _Content:
             raise Corrupt(f"tables list an id twice or one outside a vocabulary of {vocab_size}")
         return ids
 
-    def code(self, planes: int) -> Code:
-        return byte_planes.join([np.frombuffer(self.take(256), np.uint8) for _ in range(planes)]).astype(np.uint16)
+    def code(self, contexts: int) -> Code:
+        planes = [np.frombuffer(self.take(256 * contexts), np.uint8) for _ in range(_CODE_PLANES)]
+        return byte_planes.join(planes).astype(np.uint16).reshape(contexts, 256)
 
     def end(self) -> None:
         if self._at != len(self._data):
@@ -191,9 +217,10 @@ def _completed(leading: Ids, common: Ids, vocab_size: int) -> Ids:
     return np.concatenate([leading, second, np.flatnonzero(left).astype(np.int32)])
 
 
-def plain_tables(vocab_size: int, steps: int, coding: type[StreamCoder]) -> Tables:
+def plain_tables(vocab_size: int, steps: int) -> Tables:
     """Tables of nothing learnt: one class, ids by number, no codes."""
-    return Tables(vocab_size=vocab_size, steps=steps, common=_NONE, leading=(_NONE,), codes={}, coding=coding)
+    codes = {kind: np.zeros((contexts, 256), np.uint16) for kind, contexts in KINDS.items()}
+    return Tables(vocab_size=vocab_size, steps=steps, common=_NONE, leading=(_NONE,), codes=codes)
 
 
 _NONE: Ids = np.empty(0, np.int32)

@@ -137,7 +137,7 @@ def test_R7_a_signal_comes_back_as_the_naive_oracle_says(given_: tuple[Contract,
     require_valid(record, contract)
     codec = codec_for(contract, None)
     (cell,) = codec.encode_signals([record])
-    decoded = codec.decode_signal(cell, positions=record.positions, entries=record.ids_NK.size)
+    decoded = codec.decode_signal(cell, labels_N=record.labels_N, entries=record.ids_NK.size)
     for position in range(record.positions):
         ids, logprobs, log_tail = oracle(record, position)
         assert decoded.ids_NK[position].tolist() == ids
@@ -151,7 +151,7 @@ def test_R7_the_stated_bounds_hold(given_: tuple[Contract, Record]) -> None:
     contract, record = given_
     codec = codec_for(contract, None)
     (cell,) = codec.encode_signals([record])
-    decoded = codec.decode_signal(cell, positions=record.positions, entries=record.ids_NK.size)
+    decoded = codec.decode_signal(cell, labels_N=record.labels_N, entries=record.ids_NK.size)
     assert (np.sort(decoded.ids_NK) == np.sort(record.ids_NK)).all()
     assert (np.diff(decoded.logprobs_NK) <= 0).all()
     assert np.isfinite(decoded.logprobs_NK).all()

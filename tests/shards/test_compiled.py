@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import shards
+from shards.compiled import compiled
 
 PACKAGE = Path(shards.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "planes-3-topk"
@@ -93,3 +95,10 @@ def test_what_is_torn_is_compiled_anew(tmp_path: Path, cache: Path, digest: str,
     for path in torn.rglob(f"*.{kind}"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert ended(begin(PACKAGE, NUMBA_CACHE_DIR=str(torn))) == digest
+
+
+def test_a_loop_that_cannot_be_kept_anywhere_is_compiled_all_the_same() -> None:
+    """numba keeps nothing of a function without a file, as it does not where no folder can be written."""
+    space: dict[str, Any] = {}
+    exec("def double(x):\n    return 2 * x", space)
+    assert compiled(space["double"])(21) == 42

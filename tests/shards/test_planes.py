@@ -1,10 +1,8 @@
-"""Codecs "planes/2" and "planes/3": R7 for every selection, against a naive oracle, and what it is built from."""
+"""Codec "planes/3": R7 for every selection, against a naive oracle."""
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
-import itertools
 import subprocess
 import sys
 import threading
@@ -16,35 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.codec import codec_for
-from shards.compiled import compiled
 from shards.contract import AttentionSpec, Contract, Selection
-from shards.errors import Corrupt, UnknownVersion
-from shards.planes import numbers as numbers_module
-from shards.planes.calibration import learn_tables
-from shards.planes.codec import VERSIONS, Planes3
-from shards.planes.huffman import MAX_LENGTH, PIECE, code_lengths, code_words
-from shards.planes.id_sets import choose_classes
 from shards.planes.levels import LEAST_STEPS, MOST_STEPS, Levels, level_roots
-from shards.planes.prefix import PrefixCoder
-from shards.planes.rans import LEAST_STATE, TOTAL, RansCoder
-from shards.planes.streams import StreamCoder
-from shards.planes.tables import Tables, fingerprint
+from shards.planes.tables import Tables
 from shards.record import Record
 from shards.validation import require_valid
 from tests.shards.bucket_kl import bucket_kl
-from tests.shards.whole import SELECTIONS, contract_of, record_of
+from tests.shards.whole import SELECTIONS, contract_of, learnt, record_of
 
-CODINGS = (PrefixCoder, RansCoder)
 Learnt = tuple[Contract, bytes, list[Record]]
 
 
-def learnt(contract: Contract, records: list[Record]) -> tuple[Contract, bytes]:
-    tables = learn_tables(records, contract)
-    return dataclasses.replace(contract, tables=fingerprint(tables)), tables
-
-
 def tables_of(data: bytes, contract: Contract) -> Tables:
-    return Tables.from_bytes(data, contract.vocab_size, VERSIONS[contract.codec].coding)
+    return Tables.from_bytes(data, contract.vocab_size)
 
 
 @st.composite
@@ -62,8 +44,7 @@ def learnt_records(draw: st.DrawFn) -> Learnt:
     )
     nodes = draw(st.sampled_from([(), (0.5,), (0.7, 0.5, 0.25)])) if selection.tail_known else ()
     vocab_size = draw(st.sampled_from([max(1, selection.k), 12, 40, 300, 70_000]))
-    codec = draw(st.sampled_from(sorted(VERSIONS)))
-    contract = contract_of(selection, vocab_size=vocab_size, attention=attention, curve=nodes, codec=codec)
+    contract = contract_of(selection, vocab_size=vocab_size, attention=attention, curve=nodes)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     records = [
         record_of(contract, rng, positions=draw(st.integers(1, 7)), prompt=draw(st.sampled_from([1, 2, 3, 30])))
@@ -81,7 +62,7 @@ def test_R7_every_selection_comes_back_as_the_naive_oracle_says(given_: Learnt) 
     for record, cell in zip(records, codec.encode_signals(records), strict=True):
         require_valid(record, contract)
         kept = int((record.ids_NK >= 0).sum())
-        decoded = codec.decode_signal(cell, positions=record.positions, entries=kept)
+        decoded = codec.decode_signal(cell, labels_N=record.labels_N, entries=kept)
         require_valid(as_record(record, decoded), contract)
         for position in range(record.positions):
             require_position(record, decoded, position, contract, tables_of(tables, contract))
@@ -98,7 +79,7 @@ def require_position(record: Record, decoded: Any, position: int, contract: Cont
     head, drawn = slice(0, selection.k), slice(selection.k, None)
     if selection.kind != "sample":
         values = [np.sqrt(np.exp(np.float64(record.logprobs_NK[position, place]))) for place in range(len(truth[head]))]
-        levels = [int(np.abs(roots - value).argmin()) for value in values]
+        levels = [nearest(roots, value) for value in values]
         order = sorted(range(len(levels)), key=lambda place: (-levels[place], truth[place]))
         assert found[head] == [truth[place] for place in order]
         shares = np.array([roots[levels[place]] ** 2 for place in order])
@@ -122,6 +103,10 @@ def require_position(record: Record, decoded: Any, position: int, contract: Cont
         assert np.isnan(decoded.entropy_N[position])
         assert np.isnan(decoded.log_tail_N[position])
     require_curve(record, decoded, position, len(contract.curve))
+
+
+def nearest(roots: np.ndarray, value: float) -> int:
+    return int(np.abs(roots - value).argmin())
 
 
 def kept_ids(signal: Any, position: int) -> list[int]:
@@ -235,189 +220,13 @@ def test_R7_a_head_of_any_size_costs_about_the_same_kl() -> None:
         contract, tables = learnt(contract, records)
         codec = codec_for(contract, tables)
         cells = codec.encode_signals(records)
-        decoded = [codec.decode_signal(cell, positions=40, entries=40 * k) for cell in cells]
+        decoded = [
+            codec.decode_signal(cell, labels_N=record.labels_N, entries=40 * k)
+            for record, cell in zip(records, cells, strict=True)
+        ]
         kl = np.concatenate([bucket_kl(record, signal) for record, signal in zip(records, decoded, strict=True)])
         assert kl.mean() <= 1.8e-4
         assert kl.max() <= 4.4 * k / tables_of(tables, contract).steps ** 2 + 3e-5
-
-
-def test_positions_of_different_kinds_get_different_orders_and_fewer_bytes() -> None:
-    """Two kinds of positions that keep disjoint ids: learnt classes tell them apart."""
-    contract = contract_of(Selection(kind="topk", k=8), vocab_size=2_000)
-    rng = np.random.default_rng(0)
-
-    def record(name: str) -> Record:
-        made = record_of(contract, rng, positions=100, name=name)
-        ids_NK = np.stack([rng.choice(60, 8, replace=False) + 1_000 * rng.integers(2) for _ in range(100)])
-        return dataclasses.replace(made, ids_NK=ids_NK.astype(np.int32))
-
-    records = [record(str(number)) for number in range(40)]
-    sizes = {}
-    for name, taught in (("nothing", []), ("one class", records[:9]), ("two classes", records[:30])):
-        learnt_contract, data = learnt(contract, taught)
-        tables = tables_of(data, contract)
-        sizes[name] = sum(map(len, codec_for(learnt_contract, data).encode_signals(records[30:])))
-        if name == "two classes":
-            classes = choose_classes(records[35].ids_NK, tables)
-            low = records[35].ids_NK[:, 0] < 1_000
-            assert not set(classes[low].tolist()) & set(classes[~low].tolist())
-    assert sizes["two classes"] < 0.97 * sizes["one class"]
-    assert sizes["one class"] < 0.8 * sizes["nothing"]
-
-
-def test_the_class_is_the_cheapest_one() -> None:
-    contract = contract_of(Selection(kind="topk", k=4), vocab_size=500)
-    rng = np.random.default_rng(3)
-    records = [record_of(contract, rng, positions=700) for _ in range(8)]
-    tables = tables_of(learn_tables(records, contract), contract)
-    assert len(tables.leading) > 3
-    scale = 1_000 / np.log(1 << 24)
-    naive = [
-        min(
-            range(len(tables.leading)),
-            key=lambda c: (sum(round(scale * np.log1p(float(tables.ranks_CV[c, v]))) for v in ids), c),
-        )
-        for ids in records[0].ids_NK[:200].tolist()
-    ]
-    assert choose_classes(records[0].ids_NK[:200], tables).tolist() == naive
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.lists(st.integers(0, 10_000), min_size=2, max_size=256))
-def test_code_lengths_are_complete_and_no_longer_than_huffmans(counts: list[int]) -> None:
-    array = np.zeros(256, np.int64)
-    array[: len(counts)] = counts
-    if np.count_nonzero(array) < 2:
-        with pytest.raises(ValueError, match="two symbols"):
-            code_lengths(array)
-        return
-    lengths = code_lengths(array)
-    assert sum(2.0 ** -int(length) for length in lengths if length) == 1
-    assert ((lengths > 0) == (array > 0)).all()
-    bits, depth = huffman(array[array > 0].tolist())
-    if depth <= MAX_LENGTH:
-        assert int((lengths * array).sum()) == bits
-    words = {
-        format(int(word), f"0{length}b") for word, length in zip(code_words(lengths), lengths, strict=True) if length
-    }
-    assert not any(left != right and right.startswith(left) for left in words for right in words if len(words) < 40)
-
-
-def huffman(counts: list[int]) -> tuple[int, int]:
-    """Bits of all symbols and the longest word of a code by Huffman's own construction."""
-    heap = [(count, index, 0) for index, count in enumerate(counts)]
-    heapq.heapify(heap)
-    bits = 0
-    while len(heap) > 1:
-        low, high = heapq.heappop(heap), heapq.heappop(heap)
-        bits += low[0] + high[0]
-        heapq.heappush(heap, (low[0] + high[0], low[1], 1 + max(low[2], high[2])))
-    return bits, heap[0][2]
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.integers(0, 2**32 - 1),
-    st.sampled_from([0, 1, 2, 7, 100, 1_023, 1_024, 5_000, PIECE, PIECE + 1, 3 * PIECE - 5]),
-    st.sampled_from([1, 3, 30, 191, 192, 5_000, numbers_module.WIDE_FROM + 5, numbers_module.LIMIT]),
-)
-def test_streams_of_any_length_and_range_come_back(seed: int, count: int, bound: int) -> None:
-    rng = np.random.default_rng(seed)
-    numbers = (bound * rng.random(count) ** 4).astype(np.int32)
-    symbols = numbers_module.to_symbols(numbers)[0]
-    near = np.bincount(symbols, minlength=256) + (np.arange(256) < 3)
-    for coding, counts in itertools.product(CODINGS, (None, near, 1000 // (1 + np.arange(256)))):
-        code = None if counts is None else coding.learn(counts)
-        coder = coding({} if code is None else {"a": code})
-        cell = coder.pack([("a", numbers), ("b", numbers[:3])])
-        reader = coder.reader(cell)
-        np.testing.assert_array_equal(reader.take("a", count), numbers)
-        np.testing.assert_array_equal(reader.take("b", min(3, count)), numbers[:3])
-        reader.end()
-
-
-@pytest.mark.parametrize(("coding", "most"), [(PrefixCoder, 1.01), (RansCoder, 1.001)])
-def test_a_learnt_code_comes_close_to_the_entropy(coding: type[StreamCoder], most: float) -> None:
-    rng = np.random.default_rng(0)
-    shares = np.exp(-np.arange(90) / 12)
-    numbers = rng.choice(90, 20_000, p=shares / shares.sum())
-    counts = np.bincount(numbers, minlength=256)
-    code = coding.learn(counts)
-    assert code is not None
-    assert coding.is_code(code)
-    used = counts[counts > 0] / counts.sum()
-    entropy = float(-(used * np.log2(used)).sum()) * len(numbers) / 8
-    cell = coding({"a": code}).pack([("a", numbers)])
-    assert entropy < len(cell) < most * entropy + 20
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 10_000), max_size=256) | st.lists(st.just(7), max_size=256))
-def test_frequencies_of_any_counts_are_a_code_that_no_single_step_betters(counts: list[int]) -> None:
-    array = np.zeros(256, np.int64)
-    array[: len(counts)] = counts
-    code = RansCoder.learn(array).astype(np.int64)
-    array[255] = max(1, array[255])
-    assert code.sum() == TOTAL
-    assert ((code > 0) == (array > 0)).all()
-
-    def bits(frequencies: np.ndarray) -> float:
-        return float(-(array[array > 0] * np.log2(frequencies[array > 0] / TOTAL)).sum())
-
-    used = np.flatnonzero(array)
-    for more, less in np.random.default_rng(0).choice(used, (12, 2)):
-        other = code.copy()
-        other[more] += 1
-        other[less] -= 1
-        assert other[less] == 0 or bits(other) >= bits(code) - 1e-6
-
-
-def test_R5_the_compiled_decoder_stays_within_any_bytes() -> None:
-    """Bytes of every kind before and after a cell: nothing beyond its ends is read, whatever states and words say."""
-    rng = np.random.default_rng(0)
-    numbers = (20_000_000 * rng.random(3_000) ** 12).astype(np.int32).clip(0, numbers_module.LIMIT - 1)
-    code = RansCoder.learn(np.bincount(numbers_module.to_symbols(numbers)[0], minlength=256))
-    coder = RansCoder({"a": code})
-    cell = coder.pack([("a", numbers)])
-    tried = refused = 0
-    for size in [*range(40), *rng.integers(0, len(cell), 100).tolist(), len(cell) - 1, len(cell)]:
-        for fill in (None, 0, 255):
-            found = []
-            for around in (0, 170):
-                room = np.full(len(cell) + 4_000, around, np.uint8)
-                room[2_000 : 2_000 + size] = np.frombuffer(cell, np.uint8)[:size] if fill is None else fill
-                try:
-                    reader = coder.reader(room[2_000 : 2_000 + size].data)
-                    found.append(reader.take_all(("a", "b"), (3_000, 70_000)))
-                except Corrupt:
-                    found.append(None)
-                    continue
-                with pytest.raises(Corrupt, match="do not fill it"):
-                    reader.end()
-            tried, refused = tried + 1, refused + (found[0] is None)
-            np.testing.assert_array_equal(*found)
-    assert refused < tried / 2
-
-
-def test_a_cell_of_other_states_or_left_over_bytes_is_corrupt() -> None:
-    coder = RansCoder({})
-    cell = coder.pack([("a", np.arange(0, 5_000, 7))])
-    for damaged in (cell + b"\0", cell[:-1], cell[:16] + b"\0\0" + cell[16:], cell[:2] + b"\xff" + cell[3:]):
-        reader = coder.reader(damaged)
-        reader.take("a", 715)
-        with pytest.raises(Corrupt, match="do not fill it"):
-            reader.end()
-    with pytest.raises(Corrupt, match="no writer leaves"):
-        coder.reader((LEAST_STATE - 1).to_bytes(4, "little") + cell[4:])
-    with pytest.raises(Corrupt, match="no room"):
-        coder.reader(cell[:15])
-
-
-def test_a_loop_that_cannot_be_kept_anywhere_is_compiled_all_the_same() -> None:
-    """numba keeps nothing of a function without a file, as it does not where no folder can be written."""
-    space: dict[str, Any] = {}
-    exec("def double(x):\n    return 2 * x", space)
-    assert compiled(space["double"])(21) == 42
 
 
 def test_the_compiler_is_not_loaded_before_a_loop_runs() -> None:
@@ -432,13 +241,17 @@ def test_threads_may_share_a_codec() -> None:
     contract, tables = learnt(contract, records)
     codec = codec_for(contract, tables)
     cells = codec.encode_signals(records)
-    expected = [codec.decode_signal(cell, positions=60, entries=360).ids_NK for cell in cells]
+
+    def ids_of(record: Record, cell: bytes) -> np.ndarray:
+        return codec.decode_signal(cell, labels_N=record.labels_N, entries=360).ids_NK
+
+    expected = [ids_of(record, cell) for record, cell in zip(records, cells, strict=True)]
     faults: list[BaseException] = []
 
     def work() -> None:
         try:
-            for cell, ids_NK in list(zip(cells, expected, strict=True)) * 5:
-                np.testing.assert_array_equal(codec.decode_signal(cell, positions=60, entries=360).ids_NK, ids_NK)
+            for record, cell, ids_NK in list(zip(records, cells, expected, strict=True)) * 5:
+                np.testing.assert_array_equal(ids_of(record, cell), ids_NK)
         except BaseException as fault:
             faults.append(fault)
 
@@ -448,69 +261,3 @@ def test_threads_may_share_a_codec() -> None:
     for thread in threads:
         thread.join()
     assert not faults
-
-
-def test_the_same_records_teach_the_same_tables() -> None:
-    contract = contract_of(Selection(kind="topk", k=6), attention=AttentionSpec(layers=(0,), top_m=3))
-    records = [record_of(contract, np.random.default_rng(seed), positions=300) for seed in range(9)]
-    assert learn_tables(records, contract) == learn_tables(records, contract)
-
-
-def test_tables_keep_to_their_budget() -> None:
-    contract = contract_of(Selection(kind="topk", k=60), vocab_size=10_000)
-    rng = np.random.default_rng(0)
-    records = [record_of(contract, rng, positions=100) for _ in range(6)]
-    full, small = learn_tables(records, contract), learn_tables(records, contract, budget=1 << 11)
-    for data, budget in ((full, 1 << 16), (small, 1 << 11)):
-        tables = tables_of(data, contract)
-        assert 2 * (len(tables.common) + sum(map(len, tables.leading))) <= budget
-    assert len(small) < 0.75 * len(full)
-
-
-def test_a_contract_without_its_tables_is_refused() -> None:
-    contract, tables = learnt(contract_of(SELECTIONS[0]), [])
-    with pytest.raises(Corrupt, match="not those that its contract names"):
-        codec_for(contract, None)
-    with pytest.raises(Corrupt, match="not those that its contract names"):
-        codec_for(contract, tables + b"\0")
-    with pytest.raises(UnknownVersion, match="needs tables"):
-        Planes3(dataclasses.replace(contract, tables=None), None)
-
-
-@pytest.mark.parametrize(
-    ("position", "value", "match"),
-    [(0, b"\x00", "0 steps"), (1, b"\x00", "0 classes"), (1, b"\x19", "25 classes"), (-1, b"\x0c", "that is none")],
-)
-def test_tables_that_mean_nothing_are_corrupt(position: int, value: bytes, match: str) -> None:
-    import zstandard
-
-    contract = contract_of(Selection(kind="topk", k=6, tail_known=False), vocab_size=50)
-    data = learn_tables([], dataclasses.replace(contract, selection=Selection(kind="topk", k=6)))
-    content = bytearray(zstandard.ZstdDecompressor().decompress(data))
-    content[position : position + 1 or None] = value
-    with pytest.raises(Corrupt, match=match):
-        tables_of(zstandard.ZstdCompressor().compress(bytes(content)), contract)
-
-
-def test_damaged_tables_raise_nothing_but_shard_errors() -> None:
-    contract = contract_of(SELECTIONS[3], attention=AttentionSpec(layers=(0, 3), top_m=3))
-    rng = np.random.default_rng(0)
-    records = [record_of(contract, rng, positions=30) for _ in range(3)]
-    import zstandard
-
-    contract, tables = learnt(contract, records)
-    (cell, *_), content = codec_for(contract, tables).encode_signals(records), None
-    content = zstandard.ZstdDecompressor().decompress(tables)
-    refused = 0
-    for _ in range(400):
-        damaged = bytearray(content)
-        for offset in rng.integers(0, len(content), rng.integers(1, 4)):
-            damaged[offset] = rng.integers(256)
-        data = zstandard.ZstdCompressor().compress(bytes(damaged))
-        try:
-            codec = codec_for(dataclasses.replace(contract, tables=fingerprint(data)), data)
-            decoded = codec.decode_signal(cell, positions=30, entries=int((records[0].ids_NK >= 0).sum()))
-            assert decoded.ids_NK.max() < contract.vocab_size
-        except Corrupt:
-            refused += 1
-    assert refused > 100

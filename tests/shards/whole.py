@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 
 from shards.contract import AttentionSpec, Contract, Selection
+from shards.planes.calibration import learn_tables
+from shards.planes.tables import fingerprint
 from shards.record import AttentionSummary, Record
 
 SELECTIONS = (
@@ -36,6 +39,12 @@ def contract_of(selection: Selection, *, vocab_size: int = 300, **fields: object
         "dtype": "float32+float32",
     }
     return Contract(**(given | fields))  # type: ignore[arg-type]
+
+
+def learnt(contract: Contract, records: list[Record]) -> tuple[Contract, bytes]:
+    """The contract with tables that these records teach, and those tables."""
+    tables = learn_tables(records, contract)
+    return dataclasses.replace(contract, tables=fingerprint(tables)), tables
 
 
 def distributions(rng: np.random.Generator, positions: int, vocab_size: int, scale: float | None = None) -> np.ndarray:
@@ -73,7 +82,7 @@ def kept_of(
     return Record(
         sample_id=name,
         prompt_ids_P=rng.integers(0, contract.vocab_size, prompt, np.int32),
-        response_ids_R=rng.integers(0, contract.vocab_size, positions, np.int32),
+        response_ids_R=labels_of(logprobs_NV, rng),
         first_position=0,
         ids_NK=padded[0].astype(np.int32),
         logprobs_NK=padded[1].astype(np.float32) if selection.logprobs else None,
@@ -83,6 +92,13 @@ def kept_of(
         curve_NJ=np.array([row[4] for row in rows], np.float32) if contract.curve else None,
         attention=None if contract.attention is None else attention_of(contract.attention, rng, positions, prompt),
     )
+
+
+def labels_of(logprobs_NV: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What followed: most of it drawn from the distributions, some of it unlikely."""
+    drawn = [rng.choice(len(row), p=np.exp(row) / np.exp(row).sum()) for row in logprobs_NV]
+    anything_N = rng.integers(0, logprobs_NV.shape[1], len(drawn))
+    return np.where(rng.random(len(drawn)) < 0.7, drawn, anything_N).astype(np.int32)
 
 
 def _position(
