@@ -38,11 +38,11 @@ class Compiled(Generic[P, T]):
         return (self._ready or self._compiled())(*args, **kwargs)
 
     def _compiled(self) -> Callable[P, T]:
-        if self._ready is None:
-            self._ready = _compile(
-                self._function, {name: loop._compiled() for name, loop in self._called()}, self._of()
-            )
-        return self._ready
+        with self._first:  # of several threads one compiles, the others wait for it
+            if self._ready is None:
+                called = {name: loop._compiled() for name, loop in self._called()}
+                self._ready = _compile(self._function, called, self._of())
+            return self._ready
 
     def _called(self) -> list[tuple[str, Compiled[..., Any]]]:
         found = [(name, self._function.__globals__.get(name)) for name in self._function.__code__.co_names]
