@@ -157,7 +157,7 @@ def added_rows(given: Material) -> Iterator[Row]:
         [with_curve(passage) for passage in given.test],
         [with_curve(passage) for passage in given.taught[::4]],
     )
-    size = sum(curved.by_kind[kind] for kind in ("values0", "values1", "slopes0", "slopes1"))
+    size = sum(curved.by_kind[kind] for kind in ("values", "slopes"))
     yield compare("partition curve", "bytes a token", "B", size, 8.0, "what may be", bound=1)
     attended = measure(
         dataclasses.replace(given.contract, attention=AttentionSpec(layers=LAYERS, top_m=TOP_M)),

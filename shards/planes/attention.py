@@ -19,7 +19,7 @@ from shards.contract import AttentionSpec
 from shards.errors import Corrupt
 from shards.planes.id_sets import from_places, read_sets, set_stream
 from shards.planes.numbers import Numbers, unzigzag, zigzag
-from shards.planes.rans import Reader, Stream
+from shards.planes.rans import Contexts, Reader, Stream
 from shards.record import AttentionSummary
 
 Float64 = NDArray[np.float64]
@@ -140,8 +140,8 @@ def _in_order(ranks_LP: Numbers) -> Numbers:
     return keys_LP
 
 
-def _share_contexts(usual: NDArray[np.integer]) -> NDArray[np.integer]:
-    return np.digitize(usual, SHARE_BORDERS)
+def _share_contexts(usual: NDArray[np.integer]) -> Contexts:
+    return np.digitize(usual, SHARE_BORDERS).astype(np.uint16)
 
 
 def _share_codes(weights_LNM: NDArray[np.float32], prompt_LN: NDArray[np.float32]) -> Numbers:

@@ -95,7 +95,9 @@ class Planes3:
             sized = ("sizes",) if selection.kind == "adaptive" else ()
             classes_N, *sizes, least_N, kept_N = reader.take_each(("classes", *sized, "least", "labels"), positions)
             sizes_N = sizes[0] + np.int32(1) if sizes else np.full(positions, selection.k, np.int32)
-            held += _held(sizes_N, least=1, most=selection.k)
+            held += _held(sizes_N, least=1, most=selection.k) if sizes else positions * selection.k
+            if held > MAX_ENTRIES:
+                raise Corrupt(f"a payload keeps {selection.k} ids at {positions} positions")
         if classes_N.max() >= len(tables.leading):
             raise Corrupt(f"a payload names class {classes_N.max()} of {len(tables.leading)}")
         if selection.kind != "sample":

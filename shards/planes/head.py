@@ -18,7 +18,7 @@ from shards.errors import Corrupt
 from shards.planes.id_sets import read_sets, set_stream
 from shards.planes.levels import nearest_level
 from shards.planes.numbers import Numbers
-from shards.planes.rans import Index, Reader, Rows, Stream
+from shards.planes.rans import Contexts, Index, Reader, Rows, Stream
 from shards.planes.tables import Tables
 
 Float32 = NDArray[np.float32]
@@ -84,7 +84,7 @@ def head_streams(
     keys_NK.sort(axis=1)
     others_N = sizes_N - (kept_N > 0)
     above = np.empty(int(others_N.sum()), np.int32)
-    contexts = np.empty(len(above), np.uint8)
+    contexts = np.empty(len(above), np.uint16)
     _take_levels(keys_NK, others_N, least_N, above, contexts)
     _take_outside(
         roots_NK,
@@ -210,9 +210,7 @@ def _level_context(least: int, place: int) -> int:
 
 
 @compiled
-def _take_levels(
-    keys_NK: Keys, others_N: Numbers, least_N: Numbers, above: Numbers, contexts: NDArray[np.uint8]
-) -> None:
+def _take_levels(keys_NK: Keys, others_N: Numbers, least_N: Numbers, above: Numbers, contexts: Contexts) -> None:
     index = 0
     for place in range(keys_NK.shape[1]):
         for row in range(len(keys_NK)):

@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from shards.compiled import compiled
 from shards.errors import Corrupt
 from shards.planes.numbers import Numbers
-from shards.planes.rans import Bytes, Index, Places, Reader, Shares, States, Stream, Words, next_number
+from shards.planes.rans import Bytes, Contexts, Index, Places, Reader, Shares, States, Stream, Words, next_number
 from shards.planes.tables import GAP_CONTEXTS, MAX_CLASSES, MOST_COST, Tables
-
-Contexts = NDArray[np.uint8]
 
 ABSENT_RANK = 1 << 24
 """Ranks of ids that are not in a set; they stand last."""
@@ -40,7 +38,7 @@ def choose_classes(ids_NK: NDArray[np.int32], tables: Tables) -> Numbers:
 def set_stream(kind: str, ranks_NK: Numbers, sizes_N: Numbers) -> Stream:
     """The gaps of sets given as rising ranks; what lies beyond a set's size means nothing."""
     count = int(sizes_N.sum())
-    gaps, contexts = np.empty(count, np.int32), np.empty(count, np.uint8)
+    gaps, contexts = np.empty(count, np.int32), np.empty(count, np.uint16)
     _take_gaps(ranks_NK, sizes_N, _NEXT, _LEFT, gaps, contexts)
     return Stream(kind, gaps, contexts)
 
@@ -96,7 +94,7 @@ assert (64 * (MOST_COST + 1) < 1 << 16, MAX_CLASSES) == (True, 24), "as the loop
 
 
 @compiled
-def _context(least: int, left: int, next_steps: Contexts, left_steps: Contexts) -> Index:
+def _context(least: int, left: int, next_steps: Bytes, left_steps: Bytes) -> Index:
     """In octaves, how wide a gap is likely that begins at rank `least` where `left` ids are still to come."""
     wide = np.int64(next_steps[min(least, 65535)]) - np.int64(left_steps[min(left, 4095)]) + 24
     return (wide if wide > 0 else np.int64(0)) >> 3
@@ -104,7 +102,7 @@ def _context(least: int, left: int, next_steps: Contexts, left_steps: Contexts) 
 
 @compiled
 def _take_gaps(
-    ranks_NK: Numbers, sizes_N: Numbers, next_steps: Contexts, left_steps: Contexts, gaps: Numbers, contexts: Contexts
+    ranks_NK: Numbers, sizes_N: Numbers, next_steps: Bytes, left_steps: Bytes, gaps: Numbers, contexts: Contexts
 ) -> None:
     going, least_N = np.arange(len(sizes_N)), np.zeros(len(sizes_N), np.int64)
     index, place, count = 0, 0, len(sizes_N)
@@ -133,8 +131,8 @@ def _fill_ranks(
     symbols: Bytes,
     shares: Shares,
     first: int,
-    next_steps: Contexts,
-    left_steps: Contexts,
+    next_steps: Bytes,
+    left_steps: Bytes,
     sizes_N: Numbers,
     bound: int,
     ranks: Numbers,

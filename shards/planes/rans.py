@@ -25,6 +25,7 @@ Code = NDArray[np.uint16]
 """The frequencies [C, 256] of the symbols of a kind of stream in each of its contexts; all 0 where none were learnt."""
 Rows = NDArray[np.uint16]
 """Which row of a coder's frequencies each number has."""
+Contexts = NDArray[np.uint16]
 Words = NDArray[np.uint16]
 Bytes = NDArray[np.uint8]
 Shares = NDArray[np.uint32]
@@ -78,7 +79,7 @@ class Stream(NamedTuple):
 
     kind: str
     numbers: NDArray[np.integer]
-    contexts: NDArray[np.integer] | int = 0
+    contexts: Contexts | int = 0
     """Of each number, or of all."""
 
 
@@ -106,7 +107,7 @@ class Coder:
         rows = np.empty(len(numbers), np.uint16)
         at = 0
         for kind, part, contexts in given:
-            np.add(contexts, self._rows[kind], out=rows[at : at + part.size], casting="unsafe")
+            np.add(contexts, np.uint16(self._rows[kind]), out=rows[at : at + part.size], dtype=np.uint16)
             at += part.size
         assert numbers.min(initial=0) >= 0, "indices of the loop are not checked"
         words, sides = np.empty(len(numbers) + 2 * STATES, "<u2"), np.empty(3 * len(numbers), np.uint8)
@@ -139,10 +140,10 @@ class Reader:
     def row(self, kind: str) -> int:
         return self._coder.row(kind)
 
-    def take(self, kind: str, count: int, contexts: NDArray[np.integer] | int = 0) -> Numbers:
+    def take(self, kind: str, count: int, contexts: Contexts | int = 0) -> Numbers:
         """The next stream, which holds `count` numbers below 2^24."""
         rows = np.full(count, self.row(kind), np.uint16)
-        rows += np.asarray(contexts, np.uint16)
+        rows += np.uint16(contexts)
         return self.take_rows(rows)
 
     def take_each(self, kinds: Sequence[str], count: int) -> Numbers:

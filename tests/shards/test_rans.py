@@ -40,7 +40,7 @@ def test_streams_of_any_length_and_range_come_back(seed: int, count: int, bound:
         if counts is not None:
             code[1] = learn_frequencies(counts)
         coder = Coder({"a": code, "b": NOTHING_LEARNT})
-        contexts = rng.integers(0, 2, count)
+        contexts = rng.integers(0, 2, count, np.uint16)
         cell = coder.pack([Stream("a", numbers, contexts), Stream("b", numbers[:3])])
         reader = coder.reader(cell)
         np.testing.assert_array_equal(reader.take("a", count, contexts), numbers)
