@@ -189,12 +189,15 @@ def next_number(
     next_word = np.uint64(words[min(word, len(words) - 1)])
     states[turn] = x << np.uint64(short << 4) | next_word & np.uint64(-short)
     number: Index = np.int64(symbol)
-    if number >= 192:
-        wide = number == 255
-        number = 0 if wide else (number - 192 << 8) + 192
-        for place in range(3 if wide else 1):
+    if number == 255:
+        number = 0
+        for place in range(3):
             side += 1
             number += np.int64(sides[max(len(sides) - side, 0)]) << 8 * place
+    else:  # without a branch: one in five gaps has a side byte, which one cannot be foreseen
+        more = np.int64(number >= 192)
+        side += more
+        number += more * (255 * (number - 192) + np.int64(sides[max(len(sides) - side, 0) & -more]))
     return number, word + short, side
 
 
