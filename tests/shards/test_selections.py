@@ -132,6 +132,50 @@ def test_R4_sizes_are_bounded_before_memory_is_taken(in_child: Callable[..., int
     assert in_child(action) == 0
 
 
+HEAD = (
+    ("classes", [0]),
+    ("least", [30]),
+    ("labels", [1]),
+    ("ids", [7]),
+    ("levels", [0]),
+    ("tail", [0]),
+    ("entropy", [0]),
+)
+DRAWS = (("classes", [0]), ("sizes", [2]), ("drawn-labels", [1]), ("drawn", [7]), ("counts", [0]), ("entropy", [0]))
+
+
+@pytest.mark.parametrize(
+    ("selection", "streams", "changed", "match"),
+    [
+        (Selection(kind="topk", k=2), HEAD, {"ids": [4]}, "holds the label"),
+        (Selection(kind="topk", k=2), HEAD, {"labels": [200]}, "a level that does not exist"),
+        (Selection(kind="topk", k=2), HEAD, {"levels": [200]}, "a level that does not exist"),
+        (Selection(kind="topk", k=2), HEAD, {"ids": [50]}, "a rank outside 50"),
+        (Selection(kind="topk", k=2), HEAD, {"classes": [1]}, "names class 1 of 1"),
+        (Selection(kind="sample", draws=3, logprobs=False), DRAWS, {"drawn": [4]}, "holds the label"),
+        (Selection(kind="sample", draws=3, logprobs=False), DRAWS, {"drawn-labels": [2]}, "a label more than once"),
+        (Selection(kind="sample", draws=3, logprobs=False), DRAWS, {"counts": [2]}, "more than 3 draws"),
+    ],
+)
+def test_R5_numbers_that_contradict_each_other_are_refused(
+    selection: Selection, streams: tuple[tuple[str, list[int]], ...], changed: dict[str, list[int]], match: str
+) -> None:
+    """Position 0 has the label 4 and one other id."""
+    contract = contract_of(selection, vocab_size=50)
+    tables = learn_tables([], contract)
+    codec = codec_for(dataclasses.replace(contract, tables=fingerprint(tables)), tables)
+    contexts = {"ids": 6, "drawn": 6, "levels": 4}
+
+    def decode(numbers: dict[str, list[int]]) -> Any:
+        named = [Stream(kind, np.array(numbers[kind]), contexts.get(kind, 0)) for kind, _ in streams]
+        cell = plain_tables(50, 16).coder.pack(named)
+        return codec.decode_signal(cell, labels_N=np.array([4], np.int32), entries=2)
+
+    assert sorted(decode(dict(streams)).ids_NK[0].tolist()) == [4, 7]
+    with pytest.raises(Corrupt, match=match):
+        decode(dict(streams) | changed)
+
+
 def test_R4_a_cell_that_costs_nothing_gives_as_many_numbers_as_belong_there() -> None:
     """A symbol that is all but certain takes almost no bits, and there are always more of it."""
     code = learn_frequencies(np.bincount([0] * 100_000, minlength=256))
