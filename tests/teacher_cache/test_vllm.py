@@ -220,18 +220,20 @@ def test_the_engine_states_what_it_is_before_it_starts(tmp_path: Path, spec: Cap
 
 
 def test_the_engine_without_a_plugin_says_the_same_as_far_as_it_can(
+    engine: VllmEngine,
     smollm2: Path,
     spec: CaptureSpec,
     samples: list[Sample],
     signals: list[TeacherSignal],
     oracle_signals: list[TeacherSignal],
 ) -> None:
-    """The same records both ways; the plugin's engine runs in this process at the same time, which vLLM allows."""
+    """The same records both ways; the plugin's engine runs in this process at the same time, and after it."""
     settings = TeacherSettings(dtype="float32", max_model_len=256, max_batched_tokens=64)
     plain = CaptureSpec(selection=spec.selection)
-    with closing(PromptLogprobsEngine(smollm2, settings, plain)) as engine:
-        assert engine.identity.endswith("prompt_logprobs")
-        fallback = list(engine.capture(samples))
+    with closing(PromptLogprobsEngine(smollm2, settings, plain)) as other:
+        assert other.identity.endswith("prompt_logprobs")
+        fallback = list(other.capture(samples))
+    require_equal_signals(list(engine.capture(samples[:2])), signals[:2], logprobs=1e-4)
     for others in (signals, oracle_signals):
         same = [same_ids(mine, other) for mine, other in zip(fallback, others, strict=True)]
         assert torch.cat(same).double().mean().item() >= 0.99

@@ -5,6 +5,7 @@ vLLM is imported when the first start needs it, after its environment is set.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import logging
@@ -23,6 +24,9 @@ from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.teacher_cache.settings import TeacherSettings
 from stages.teacher_cache.teacher import read_facts
+
+_RUNNING: list[InProcessVllm] = []
+"""The engines of this process that are started and not closed."""
 
 
 class InProcessVllm(ABC):
@@ -46,10 +50,13 @@ class InProcessVllm(ABC):
         if self._llm is None:
             with _without_start_noise():
                 self._llm = self._load()
+            _RUNNING.append(self)
 
     def close(self) -> None:
         if self._llm is not None:
-            self._llm.engine_core.shutdown()
+            _RUNNING.remove(self)
+            with _groups_left_to(_RUNNING):
+                self._llm.engine_core.shutdown()
             self._llm = None
 
     def _answers(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> Iterator[Any]:
@@ -166,6 +173,19 @@ def _hide_from_reflection() -> None:
         return function(self, name)
 
     library.__getattr__ = named
+
+
+@contextmanager
+def _groups_left_to(others: Sequence[InProcessVllm]) -> Iterator[None]:
+    """vLLM's engines in one process share its communication groups, which each takes down when it ends."""
+    core: Any = importlib.import_module("vllm.v1.engine.core")
+    take_down = core.cleanup_dist_env_and_memory
+    if others:
+        core.cleanup_dist_env_and_memory = gc.collect
+    try:
+        yield
+    finally:
+        core.cleanup_dist_env_and_memory = take_down
 
 
 @contextmanager
