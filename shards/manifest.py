@@ -19,7 +19,7 @@ from shards.contract import Contract
 from shards.errors import ContractMismatch, Corrupt
 from shards.sealed_json import read_sealed, sealed
 from shards.storage import RESTORE_FILE, Location, Storage, storage_at
-from shards.units import Published, ShardInfo, describe, require_name
+from shards.units import Published, ShardInfo, describe, require_name, unit_of
 
 __all__ = [
     "Manifest",
@@ -78,11 +78,13 @@ class Manifest:
 def begin(location: Location, contract: Contract) -> None:
     """Claim a place for a contract, or agree with the claim that is there.
 
-    Removes what dead writers left half-written. Raises ContractMismatch naming the first field that differs.
+    Removes what dead writers left half-written. Raises ContractMismatch naming the first field that differs, in an
+    object store also where another writer claimed the place at the same moment and its claim stands.
     """
     storage = storage_at(location)
     storage.prepare()
-    if not storage.publish(CONTRACT_NAME, sealed({"contract": json.loads(contract.to_json())})):
+    claimed = storage.publish(CONTRACT_NAME, sealed({"contract": json.loads(contract.to_json())}))
+    if not (claimed and storage.exclusive):
         contract.require_equal(read_contract(storage), where=storage.where())
 
 
@@ -102,10 +104,12 @@ def publish_teacher_files(location: Location, files: Mapping[str, bytes]) -> str
 def seal(
     location: Location, contract: Contract, shards: Sequence[ShardInfo], *, teacher_folder: str = TEACHER_FOLDER
 ) -> Manifest:
-    """Publish the manifest of a finished set: from here on it can be read.
+    """Publish the manifest of a finished set, from when on it can be read, and return the one that stands.
 
-    Hashes the teacher's files and gathers the plain columns. Raises Incomplete where a listed shard is missing,
-    ValueError where a sample occurs twice, ContractMismatch where another set is there.
+    Where another writer was quicker with shards of the same units, that is the other's: in an object store it may have
+    taken other bytes for a unit that both published. Hashes the teacher's files and gathers the plain columns. Raises
+    Incomplete where a listed shard is missing, ValueError where a sample occurs twice, ContractMismatch where a set of
+    other units is sealed there.
     """
     storage = storage_at(location)
     contract.require_equal(read_contract(storage), where=storage.where())
@@ -122,12 +126,18 @@ def seal(
     )
     if not storage.publish(MANIFEST_NAME, sealed(_document(manifest))):
         standing = read_manifest(storage)
-        if standing != manifest:
+        if (standing.contract, _units(standing)) != (manifest.contract, _units(manifest)):
             raise ContractMismatch(
                 f"{storage.where()} is sealed already, with other contents",
                 hint="write the new set to another place",
             )
+        return standing
     return manifest
+
+
+def _units(manifest: Manifest) -> list[tuple[str, str, int, int]]:
+    """What was to be written, whatever bytes it became."""
+    return sorted((unit_of(shard), shard.split, shard.records, shard.positions) for shard in manifest.shards)
 
 
 def is_sealed(location: Location) -> bool:

@@ -60,6 +60,11 @@ def shard_name(unit: str, sha256: str, *, exclusive: bool) -> str:
     return require_name(name)
 
 
+def unit_of(shard: ShardInfo) -> str:
+    """The unit that became this shard."""
+    return shard.name.removesuffix(_SUFFIX).removesuffix(f"-{shard.sha256}")
+
+
 def require_name(name: str, allowed: re.Pattern[str] = _SHARD_NAME) -> str:
     """A file name that stays inside its folder on every system. Raises ValueError for any other."""
     if not allowed.fullmatch(name):

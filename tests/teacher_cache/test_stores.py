@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +13,7 @@ from shards.reader import ShardSet
 from shards.verify import quarantine, verify_shards
 from stages.teacher_cache.measure import read_fidelity
 from tests.shards.object_store import CREDENTIALS, AnyStore, serving, serving_google
+from tests.teacher_cache.killings import told
 
 SERVERS = {"s3": serving, "gs": serving_google}
 
@@ -62,22 +61,36 @@ def test_what_is_set_aside_in_a_store_is_remade_and_nothing_else(
     assert verify_shards(url).intact
 
 
+def test_W3_several_that_fill_one_place_at_once_make_the_set_of_one(
+    store: AnyStore, recorded: ModuleType, recorded_teacher: Path
+) -> None:
+    alone, shared = store.new_url(), store.new_url()
+    recorded.fill(alone, recorded_teacher)
+    assert told("together", shared, recorded_teacher, "same") == 3
+    assert store.files(shared) == store.files(alone)
+
+
+def test_W3_several_whose_signals_differ_make_one_whole_set_or_are_refused(
+    store: AnyStore, recorded: ModuleType, recorded_teacher: Path
+) -> None:
+    """A store refuses no second writer: who comes at the same moment may be told that another's claim stands."""
+    url = store.new_url()
+    told("together", url, recorded_teacher, "own")
+    made = recorded.fill(url, recorded_teacher)
+    assert verify_shards(url).intact
+    assert made.totals()["records"] == 9
+    assert recorded.fill(url, recorded_teacher) == made
+
+
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.long)])
 def test_W3_killed_at_requests_to_a_store_then_resumed_gives_the_same_objects(
     store: AnyStore, recorded_teacher: Path, every: int
 ) -> None:
-    url, program = store.new_url(), Path(__file__).with_name("recorded.py")
-    done = subprocess.run(
-        [sys.executable, str(program), "stored", url, str(recorded_teacher), str(every)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    url = store.new_url()
+    died = told("stored", url, recorded_teacher, every)
     base, options = url.split("?")
-    undisturbed, *disturbed = (
-        f"{base}/{1 + every * death:03d}?{options}" for death in reversed(range(int(done.stdout) + 1))
-    )
-    assert int(done.stdout) >= 40 // every
+    undisturbed, *disturbed = (f"{base}/{1 + every * death:03d}?{options}" for death in reversed(range(died + 1)))
+    assert died >= 40 // every
     expected = store.files(undisturbed)
     assert read_manifest(undisturbed).totals()["records"] == 9
     for place in disturbed:
