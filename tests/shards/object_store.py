@@ -17,11 +17,31 @@ from urllib.request import urlopen
 
 from pyarrow import fs
 
+from shards.contract import Contract
+from shards.manifest import Manifest, begin, publish_teacher_files, seal
+from shards.record import Record
+from shards.storage import Location
+from shards.writer import write_shard
+
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "somebody",
     "AWS_SECRET_ACCESS_KEY": "secret",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+
+
+UNITS = ("dev-00000", "train-00000", "train-00001")
+TEACHER = {"tokenizer.json": b"{}", "head_pca.safetensors": bytes(range(200))}
+
+
+def fill(location: Location, contract: Contract, records: list[Record]) -> Manifest:
+    """All of stage one that concerns files: a record to each of UNITS, and the files of TEACHER."""
+    begin(location, contract)
+    infos = [
+        write_shard(location, unit, unit.split("-")[0], contract, [record])
+        for unit, record in zip(UNITS, records, strict=True)
+    ]
+    return seal(location, contract, infos, teacher_folder=publish_teacher_files(location, TEACHER))
 
 
 class AnyStore:

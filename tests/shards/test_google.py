@@ -10,19 +10,16 @@ import pytest
 
 from shards.contract import Contract
 from shards.errors import ContractMismatch, Corrupt, Incomplete, StorageFailed
-from shards.manifest import Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
+from shards.manifest import begin, is_sealed, read_manifest
 from shards.merge import copy_set
 from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
 from shards.record import Record
-from shards.storage import Location, storage_at
+from shards.storage import storage_at
 from shards.units import published_units
 from shards.verify import quarantine, verify_shards
 from shards.writer import write_shard
-from tests.shards.object_store import GoogleStore, serving_google
-
-UNITS = ("dev-00000", "train-00000", "train-00001")
-TEACHER = {"tokenizer.json": b"{}", "head_pca.safetensors": bytes(range(200))}
+from tests.shards.object_store import TEACHER, UNITS, GoogleStore, fill, serving_google
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +31,6 @@ def store() -> Iterator[GoogleStore]:
 @pytest.fixture
 def url(store: GoogleStore) -> str:
     return store.new_url()
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> ObjectCache:
-    return ObjectCache(tmp_path / "cache", limit=1 << 20)
-
-
-def fill(location: Location, contract: Contract, records: list[Record]) -> Manifest:
-    """All of stage one that concerns files."""
-    begin(location, contract)
-    infos = [
-        write_shard(location, unit, unit.split("-")[0], contract, [record])
-        for unit, record in zip(UNITS, records, strict=True)
-    ]
-    return seal(location, contract, infos, teacher_folder=publish_teacher_files(location, TEACHER))
 
 
 def test_a_set_reads_as_the_same_set_in_a_folder(

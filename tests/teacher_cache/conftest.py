@@ -20,6 +20,7 @@ from stages.teacher_cache.engines.transformers import TransformersEngine
 from stages.teacher_cache.engines.vllm.adapter import VllmEngine
 from stages.teacher_cache.settings import TeacherSettings
 from stages.teacher_cache.signals import TeacherSignal
+from tests.teacher_cache.folders import contents
 
 TEXT = (
     "A farmer keeps 12 hens, and every hen lays 5 eggs a week. He sells the eggs at the market in boxes of six for "
@@ -125,6 +126,16 @@ def recorded() -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, recorded: ModuleType, recorded_teacher: Path
+) -> dict[str, bytes]:
+    """What a run of the recorded teacher leaves that nothing stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recorded.fill(folder, recorded_teacher)
+    return contents(folder)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shards.contract import SELECTIONS, Selection
 from shards.errors import ContractMismatch, Incomplete, InvalidRecord, StorageFailed
 from shards.manifest import is_sealed, read_manifest
 from shards.reader import ShardSet
@@ -26,8 +23,8 @@ from stages.events import Event, Progress
 from stages.teacher_cache import cache as cache_module
 from stages.teacher_cache import job as job_module
 from stages.teacher_cache.measure import read_fidelity
-from stages.teacher_cache.plan import plan_units
-from stages.teacher_cache.settings import CacheSettings
+from tests.teacher_cache.folders import contents
+from tests.teacher_cache.killings import told
 
 UNITS = ["dev-00000.arrow", "train-00000.arrow", "train-00001.arrow"]
 
@@ -35,20 +32,6 @@ UNITS = ["dev-00000.arrow", "train-00000.arrow", "train-00001.arrow"]
 @pytest.fixture
 def teacher(recorded_teacher: Path) -> Path:
     return recorded_teacher
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, recorded: ModuleType, recorded_teacher: Path
-) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    recorded.fill(folder, recorded_teacher)
-    return contents(folder)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder, by its name there."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_the_set_holds_every_sample_once_in_plan_order(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
@@ -91,8 +74,9 @@ def test_the_teacher_travels_with_the_shards(undisturbed: dict[str, bytes], teac
 def test_W3_killed_at_every_file_operation_then_resumed_gives_the_same_bytes(
     tmp_path: Path, teacher: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    deaths = run("sweep", tmp_path, teacher)
-    assert deaths >= 6 * len(undisturbed), "each file is at least created, written, synced, linked"
+    assert told("sweep", tmp_path, teacher) >= 6 * len(undisturbed), (
+        "each file is at least created, written, synced, linked"
+    )
     for folder in sorted(tmp_path.iterdir()):
         assert contents(folder) == undisturbed, folder.name
 
@@ -100,17 +84,8 @@ def test_W3_killed_at_every_file_operation_then_resumed_gives_the_same_bytes(
 def test_W3_several_writers_killed_at_random_give_the_same_bytes(
     tmp_path: Path, teacher: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    assert run("race", tmp_path, teacher) == 1 + 2 + 3
+    assert told("race", tmp_path, teacher) == 1 + 2 + 3
     assert contents(tmp_path) == undisturbed
-
-
-def run(verb: str, folder: Path, teacher: Path) -> int:
-    """What the recorded teacher prints as a program, in a process that has no threads yet."""
-    program = Path(__file__).with_name("recorded.py")
-    done = subprocess.run(
-        [sys.executable, str(program), verb, str(folder), str(teacher)], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return int(done.stdout)
 
 
 def test_a_resumed_run_captures_only_what_is_missing(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
@@ -319,44 +294,3 @@ def test_progress_counts_response_tokens_up_to_all(tmp_path: Path, recorded: Mod
     assert {(event.unit, event.total) for event in progress} == {("response tokens", tokens)}
     assert [event.done for event in progress] == sorted(event.done for event in progress)
     assert (progress[-1].done, progress[-1].bytes) == (tokens, manifest.totals()["bytes"])
-
-
-def test_the_plan_covers_every_sample_once() -> None:
-    units = plan_units({"train": 10, "dev": 4, "empty": 0}, 4)
-    assert [(unit.name, unit.start, unit.stop) for unit in units] == [
-        ("train-00000", 0, 4),
-        ("train-00001", 4, 8),
-        ("train-00002", 8, 10),
-        ("dev-00000", 0, 4),
-    ]
-
-
-def test_attention_depths_name_the_layers_of_any_teacher() -> None:
-    settings = CacheSettings()
-    assert [settings.attention(layers).layers for layers in (36, 30, 2)] == [(12, 24, 35), (10, 20, 29), (0, 1)]
-    assert CacheSettings(attention_depths=()).attention(30) is None
-
-
-@pytest.mark.parametrize(
-    ("asked", "named"),
-    [
-        ({"selection": "best"}, "selection"),
-        ({"k": 0}, "k must be"),
-        ({"selection": "hybrid", "draws": 0}, "draws"),
-        ({"selection": "adaptive", "mass": 1.5}, "mass"),
-        ({"attention_rows": "some"}, "rows"),
-    ],
-)
-def test_a_selection_that_cannot_be_is_refused_by_name(asked: dict[str, object], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        CacheSettings(**asked)
-
-
-def test_what_has_no_meaning_for_a_selection_is_left_out_of_it() -> None:
-    kinds = [CacheSettings(selection=kind, sample_logprobs=False).chosen() for kind in SELECTIONS]
-    assert kinds == [
-        Selection(kind="topk", k=64),
-        Selection(kind="adaptive", k=64, mass=0.95, floor=1e-3),
-        Selection(kind="hybrid", k=64, draws=12),
-        Selection(kind="sample", draws=12, logprobs=False),
-    ]

@@ -13,19 +13,7 @@ from shards.errors import Corrupt
 from shards.manifest import read_manifest
 from shards.shard import ShardReader
 from shards.verify import quarantine, verify_shards
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-@pytest.fixture
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, recorded: ModuleType, recorded_teacher: Path
-) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    recorded.fill(folder, recorded_teacher)
-    return contents(folder)
+from tests.teacher_cache.folders import contents
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from stages.teacher_cache.calibration import _captured
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.replica import InProcess, ReplicaDied, Spread
 from stages.teacher_cache.settings import CacheSettings, TeacherSettings
+from tests.teacher_cache.folders import contents
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,6 @@ def two() -> Iterator[Spread]:
     """Ray with two replicas a run; without a GPU it starts once for all tests here."""
     with replicas(2, 1, Machine(gpus=0, cores=2), [1]) as spread:
         yield spread
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def warnings(events: list[Event]) -> list[str]:
@@ -73,7 +70,7 @@ def test_ctrl_c_drops_the_units_under_way_and_leaves_no_process_behind(
 ) -> None:
     """As a terminal sends it: to the whole group. The same command then goes on to an undisturbed run's bytes."""
     folder = tmp_path / "stopped"
-    words = [sys.executable, recorded.__file__, "replicated", str(folder), str(recorded_teacher)]
+    words = [sys.executable, recorded.__file__, str(folder), str(recorded_teacher)]
     program = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
     family = psutil.Process(program.pid)
     children: list[psutil.Process] = []
