@@ -153,15 +153,16 @@ def _memory(teacher: TeacherSettings, teacher_folder: Path, devices: Devices) ->
     head = facts.vocab_size * facts.hidden_size * 4 if teacher.head_dtype == "float32" else 0
     logits = min(teacher.max_batched_tokens, teacher.max_model_len) * facts.vocab_size * 4
     needed = (weights + cached + head) // teacher.tensor_parallel + min(logits, _LOGITS_BYTES)
-    told = (
-        f"weights {weights / _GIB:.1f}, keys and values {cached / _GIB:.1f}, head in fp32 {head / _GIB:.1f} GiB over "
-        f"{teacher.tensor_parallel}, logits {min(logits, _LOGITS_BYTES) / _GIB:.2f}: {needed / _GIB:.1f} GiB a device"
+    spread = f" over {teacher.tensor_parallel} devices" if teacher.tensor_parallel > 1 else ""
+    parts = (
+        f"weights {weights / _GIB:.1f}, keys and values {cached / _GIB:.1f}, head in fp32 {head / _GIB:.1f}{spread}, "
+        f"a block of logits {min(logits, _LOGITS_BYTES) / _GIB:.1f}"
     )
     if devices.memory is None:
-        return Check(name="memory", ok=True, fact=f"{told}; what the cluster's have is not seen from here")
+        seen = "what the cluster's have is not seen from here"
+        return Check(name="memory", ok=True, fact=f"{needed / _GIB:.1f} GiB a device, {seen}: {parts}")
     there = devices.memory * (teacher.gpu_memory_utilization if devices.gpus else 1.0)
-    told = f"{told} of {there / _GIB:.1f}"
-    fits = needed <= there
+    told, fits = f"{needed / _GIB:.1f} of {there / _GIB:.1f} GiB a device: {parts}", needed <= there
     return Check(name="memory", ok=fits, fact=told if fits else f"{told}; raise teacher.tensor_parallel (TP=…)")
 
 
