@@ -36,10 +36,6 @@ START, END = 0, 1
 MakeShards = Callable[..., Path]
 
 
-def pytest_configure() -> None:
-    torch.set_num_threads(1)
-
-
 def make_contract(**changes: object) -> Contract:
     fields: dict[str, object] = {
         "codec": "topk-planes/1",
@@ -210,9 +206,10 @@ def arguments(shards: Path, settings: DistillSettings, objective: ObjectiveSetti
 
 @pytest.fixture(scope="session")
 def train_here(arguments: Arguments) -> Callable[..., Outcome]:
-    """Train in this process, as its only rank; settings can be changed by name."""
+    """Train in this process, on one thread, as its only rank; settings can be changed by name."""
 
     def run(folder: Path, *, emit: Callable[[Event], None] | None = None, **changes: Any) -> Outcome:
+        torch.set_num_threads(1)  # as the processes of `start_ranks`: another number adds up in another order
         events: list[Event] = []
 
         def hear(event: Event) -> None:
