@@ -22,8 +22,9 @@ from shards.contract import Selection
 from stages.errors import StageError
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.transformers import TransformersEngine
+from stages.teacher_cache.engines.vllm import process
 from stages.teacher_cache.engines.vllm.adapter import VllmEngine
-from stages.teacher_cache.engines.vllm.process import resolve_dtype
+from stages.teacher_cache.engines.vllm.process import multiplies_four_bits, resolve_dtype
 from stages.teacher_cache.settings import TeacherSettings
 from tests.teacher_cache.random_samples import random_samples
 
@@ -127,6 +128,8 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 def test_a_quantised_teacher_is_captured_with_the_weights_that_it_has(
     tmp_path: Path, pack: Pack, config: Mapping[str, Any]
 ) -> None:
+    if not multiplies_four_bits():
+        pytest.skip("vLLM has no kernel for 4 bits on this CPU")
     plain, quantised = write(tmp_path, pack, config)
     with closing(VllmEngine(quantised, SETTINGS, SPEC)) as engine:
         ours = list(engine.capture(SAMPLES))
@@ -143,8 +146,10 @@ def test_a_quantised_teacher_is_captured_with_the_weights_that_it_has(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's vLLM may well run fp8 weights")
 @pytest.mark.parametrize(
     ("pack", "config", "dtype", "named"),
-    [(fp8, FP8, "bfloat16", "fp8 weights here, in bfloat16"), (awq, AWQ, "float32", "awq weights here, in float32")],
-    ids=["fp8", "awq in fp32"],
+    [
+        pytest.param(fp8, FP8, "bfloat16", "fp8 weights here, in bfloat16", id="fp8"),
+        pytest.param(awq, AWQ, "float32", "awq weights here, in float32", id="awq in fp32"),
+    ],
 )
 def test_packed_weights_that_vllm_refuses_on_this_machine_are_named(
     tmp_path: Path, pack: Pack, config: Mapping[str, Any], dtype: str, named: str
@@ -153,7 +158,7 @@ def test_packed_weights_that_vllm_refuses_on_this_machine_are_named(
     engine = VllmEngine(quantised, dataclasses.replace(SETTINGS, dtype=dtype), SPEC)
     with pytest.raises(StageError, match=named) as refused:
         engine.start()
-    assert "awq or gptq of 4 bits" in refused.value.hint
+    assert "with AVX-512: awq or gptq of 4 bits" in refused.value.hint
 
 
 def test_auto_is_a_precision_that_packed_weights_can_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,3 +166,14 @@ def test_auto_is_a_precision_that_packed_weights_can_meet(tmp_path: Path, monkey
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
     plain, quantised = write(tmp_path, awq, AWQ)
     assert (resolve_dtype("auto", plain), resolve_dtype("auto", quantised)) == ("float32", "bfloat16")
+
+
+def test_four_bits_are_refused_where_vllm_has_no_kernel_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, quantised = write(tmp_path, gptq, GPTQ)
+    if multiplies_four_bits():  # as a CPU without AVX-512 finds it
+        monkeypatch.setattr(process, "multiplies_four_bits", lambda: False)
+    with pytest.raises(StageError, match="gptq weights here, in bfloat16") as refused:
+        VllmEngine(quantised, dataclasses.replace(SETTINGS, dtype="auto"), SPEC).start()
+    assert "with AVX-512" in refused.value.hint

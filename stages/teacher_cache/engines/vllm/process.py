@@ -111,6 +111,8 @@ class InProcessVllm(ABC):
             "seed": 0,
         }
         try:
+            if read_facts(self._folder).quantisation in ("awq", "gptq") and not multiplies_four_bits():
+                raise RuntimeError("its build for this CPU has no kernel for them")
             return LLMEngine.from_engine_args(EngineArgs(**common | options))
         except (ValueError, RuntimeError, OSError) as error:
             raise self._explained(error) from error
@@ -120,10 +122,17 @@ class InProcessVllm(ABC):
         if quantisation:
             return StageError(
                 f"vLLM cannot run the teacher's {quantisation} weights here, in {self._body_dtype}: {error}",
-                hint="take weights that this device's vLLM runs (on a CPU: awq or gptq of 4 bits), or leave "
-                "teacher.dtype = auto; VLLM_LOGGING_LEVEL=INFO shows what vLLM was doing",
+                hint="take weights that this device's vLLM runs (on a CPU with AVX-512: awq or gptq of 4 bits), or "
+                "leave teacher.dtype = auto; VLLM_LOGGING_LEVEL=INFO shows what vLLM was doing",
             )
         return StageError(f"vLLM did not start: {error}", hint="VLLM_LOGGING_LEVEL=INFO shows what it was doing")
+
+
+def multiplies_four_bits() -> bool:
+    """Of vLLM's builds for CPUs, that for AVX2 starts with weights of 4 bits, and fails at the first product."""
+    import vllm._custom_ops  # noqa: F401 - loads the build for this machine
+
+    return torch.cuda.is_available() or hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
 def resolve_dtype(asked: str, teacher_folder: Path) -> str:
