@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,11 @@ def _over_threads(work: Callable[[slice], None], rows: int) -> None:
 
 def _allowed() -> set[int]:
     """The cores of all threads of this process: where OpenMP binds its own, a new one would share its maker's core."""
-    threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
-    return set().union(*(os.sched_getaffinity(thread) for thread in threads))
+    cores = set[int]()
+    for path in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):  # a thread that ended since it was listed
+            cores |= os.sched_getaffinity(int(path.name))
+    return cores
 
 
 def _spread(cores: set[int]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stages.teacher_cache import logit_rows
 from stages.teacher_cache.draws import BLOCK
 from stages.teacher_cache.logit_loops import sum_tails
 from stages.teacher_cache.logit_rows import LogitRows, LoopedRows, TensorRows
@@ -189,3 +192,20 @@ print(cores == {tuple(given)} or cores)
 def test_several_threads_give_the_same_bits_on_all_cores(start: str) -> None:
     done = subprocess.run([sys.executable, "-c", SPREAD, start], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "True", done.stdout + done.stderr
+
+
+def test_cores_are_found_while_other_threads_of_the_process_end() -> None:
+    done = threading.Event()
+
+    def spawn() -> None:
+        while not done.is_set():
+            threading.Thread(target=os.getpid).start()
+
+    spawner = threading.Thread(target=spawn)
+    spawner.start()
+    try:
+        found = [logit_rows._allowed() for _ in range(100)]
+    finally:
+        done.set()
+        spawner.join()
+    assert all(cores == os.sched_getaffinity(0) for cores in found)
