@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 import benchmarks.record as results
-from shards.contract import Contract, Selection
+from benchmarks.synthetic_records import K, synthetic_contract, synthetic_record
 from shards.export import export_parquet
 from shards.framing import write_frame
 from shards.learnt import tables_budget
@@ -32,61 +32,29 @@ from shards.manifest import begin, seal
 from shards.planes.calibration import learn_tables
 from shards.planes.tables import fingerprint
 from shards.reader import ShardSet, Split
-from shards.record import Record
 from shards.schema import fixed_parts
 from shards.shard import ShardReader
 from shards.storage import LocalStorage
 from shards.units import ShardInfo, publish_unit
 from shards.writer import build_shard
 
-RECORDS, TOKENS, PROMPT, K, VOCABULARY = 100, 1_000, 100, 64, 151_936
+RECORDS, TOKENS, PROMPT, VOCABULARY = 100, 1_000, 100, 151_936
 SHARDS, QUICK_SHARDS = (10, 30, 100), (10,)
 """Of the sets that are measured."""
 EXPORTED = 10
 """Shards of the set that `datasets` reads."""
 ROUNDS, SAMPLE = 5, 150
 OPEN_SECONDS = 1.0
-CONTRACT = Contract(
-    codec="planes/3",
-    teacher="synthetic",
-    teacher_fingerprint="1" * 64,
-    tokenizer_fingerprint="2" * 64,
-    vocab_size=VOCABULARY,
-    start_token_id=0,
-    end_token_id=1,
-    selection=Selection(kind="topk", k=K),
-    attention=None,
-    corpus_fingerprint="3" * 64,
-    engine="synthetic 1",
-    dtype="float32+float32",
-)
-
-
-def synthetic_record(rng: np.random.Generator, number: int) -> Record:
-    """Zipf's law with an exponent of its own at each position, over ids drawn at random."""
-    ranks_V = np.log(np.arange(1, VOCABULARY + 1))
-    slopes_N = rng.uniform(1.2, 3.0, TOKENS)
-    log_sums_N = np.array([np.logaddexp.reduce(-slope * ranks_V) for slope in slopes_N[:50]])
-    slopes_N, log_sums_N = np.resize(slopes_N[:50], TOKENS), np.resize(log_sums_N, TOKENS)
-    logprobs_NK = -slopes_N[:, None] * ranks_V[:K] - log_sums_N[:, None]
-    rising_NK = rng.integers(1, VOCABULARY // K, (TOKENS, K)).cumsum(axis=1) - 1
-    ids_NK = rng.permuted(rising_NK, axis=1)
-    return Record(
-        sample_id=f"{number:012d}",
-        prompt_ids_P=rng.integers(0, VOCABULARY, PROMPT, np.int32),
-        response_ids_R=rng.integers(0, VOCABULARY, TOKENS, np.int32),
-        first_position=0,
-        ids_NK=ids_NK.astype(np.int32),
-        logprobs_NK=logprobs_NK.astype(np.float32),
-        log_tail_N=np.log1p(-np.exp(logprobs_NK).sum(axis=1)).astype(np.float32),
-        entropy_N=np.full(TOKENS, 2.0, np.float32),
-    )
+CONTRACT = synthetic_contract(VOCABULARY)
 
 
 def make_set(folder: Path, shards: int) -> Path:
     """Build one shard and repeat it under other names and sample ids."""
     rng = np.random.default_rng(0)
-    records = [synthetic_record(rng, row) for row in range(RECORDS)]
+    records = [
+        synthetic_record(rng, VOCABULARY, sample_id=f"{row:012d}", prompt=PROMPT, response=TOKENS)
+        for row in range(RECORDS)
+    ]
     tables = learn_tables(records, CONTRACT, budget=tables_budget(RECORDS * TOKENS))
     contract = replace(CONTRACT, tables=fingerprint(tables))
     data = build_shard("train-00000", "train", contract, records, tables=tables)

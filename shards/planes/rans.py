@@ -1,6 +1,7 @@
-"""Range asymmetric numeral systems (Duda, 1311.2540): four states in turn, compiled.
+"""Range asymmetric numeral systems (Duda, 1311.2540): eight states in turn, compiled.
 
-- All streams of a cell share the states, so that a stream costs its entropy and nothing else, and a cell about 8 bytes.
+- All streams of a cell share the states, so that a stream costs its entropy and nothing else, and a cell 32 bytes at
+  most.
 - Side bytes are stored as they are, from the end of the cell backwards; words lie in front of them.
 - A symbol's share of its code is a frequency out of 4096: to decode one is two look-ups, a multiplication and a shift.
 - A number whose symbol has no frequency takes three side bytes, so that any number can be written in any code.

@@ -75,10 +75,6 @@ class Tables:
         """[C, V]: each class's permutation of the vocabulary: its leading ids, the common ones, then by rising id."""
         return np.stack([_completed(leading, self.common, self.vocab_size) for leading in self.leading])
 
-    def id_in_order(self, classes_N: Ids, ranks_NK: NDArray[np.integer]) -> Ids:
-        """The ids of ranks in the orders of their positions."""
-        return self.orders_CV.ravel().take(ranks_NK + (classes_N * self.vocab_size)[:, None])
-
     @cached_property
     def ranks_CV(self) -> NDArray[np.uint32]:
         """[C, V]: where each id stands in each order."""

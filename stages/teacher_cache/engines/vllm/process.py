@@ -110,14 +110,14 @@ class InProcessVllm(ABC):
             "disable_log_stats": True,
             "seed": 0,
         }
+        if read_facts(self._folder).quantisation in ("awq", "gptq") and not multiplies_four_bits():
+            raise self._explained("its build for this CPU has no kernel for them")
         try:
-            if read_facts(self._folder).quantisation in ("awq", "gptq") and not multiplies_four_bits():
-                raise RuntimeError("its build for this CPU has no kernel for them")
             return LLMEngine.from_engine_args(EngineArgs(**common | options))
         except (ValueError, RuntimeError, OSError) as error:
             raise self._explained(error) from error
 
-    def _explained(self, error: Exception) -> StageError:
+    def _explained(self, error: Exception | str) -> StageError:
         quantisation = read_facts(self._folder).quantisation
         if quantisation:
             return StageError(
