@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from shards.contract import AttentionSpec
 from shards.errors import Corrupt
-from shards.planes.id_sets import from_places, read_sets, set_stream
+from shards.planes.id_sets import read_sets, set_stream
 from shards.planes.numbers import Numbers, unzigzag, zigzag
 from shards.planes.rans import Contexts, Reader, Stream
 from shards.record import AttentionSummary
@@ -74,8 +74,7 @@ def read_attention(reader: Reader, spec: AttentionSpec, sight_N: Numbers, prompt
     sizes = np.tile(sizes_N, layers)
     there_LNM = (np.arange(width) < sizes[:, None]).reshape(layers, rows, width)
     layer_L11 = np.arange(layers)[:, None, None]
-    ranks = read_sets(reader, "keys", sizes, prompt_length - 1)
-    ranks_LNM = from_places(ranks, sizes, width, 0).reshape(layers, rows, width)
+    ranks_LNM = read_sets(reader, "keys", sizes, prompt_length - 1).T.reshape(layers, rows, width)
     found_LNM = np.where(there_LNM, keys_LP[layer_L11, ranks_LNM], 0)
     if (found_LNM > sight_N[:, None]).any():
         raise Corrupt("a payload names an attention key that its row does not see")

@@ -91,22 +91,14 @@ class Planes3:
         log_tail_N, entropy_N, held = np.zeros(positions), None, 0
         if selection.kind == "sample":
             classes_N = reader.take("classes", positions)
+            if classes_N.max() >= len(tables.leading):
+                raise Corrupt("a payload names a class that does not exist")
         else:
-            sized = ("sizes",) if selection.kind == "adaptive" else ()
-            classes_N, *sizes, least_N, kept_N = reader.take_each(("classes", *sized, "least", "labels"), positions)
-            sizes_N = sizes[0] + np.int32(1) if sizes else np.full(positions, selection.k, np.int32)
-            held += _held(sizes_N, least=1, most=selection.k) if sizes else positions * selection.k
-            if held > MAX_ENTRIES:
-                raise Corrupt(f"a payload keeps {selection.k} ids at {positions} positions")
-        if classes_N.max() >= len(tables.leading):
-            raise Corrupt(f"a payload names class {classes_N.max()} of {len(tables.leading)}")
-        if selection.kind != "sample":
-            known = selection.tail_known
-            head = read_head(reader, classes_N, sizes_N, least_N, kept_N, labels_N, tables, tail_known=known)
-            log_tail_N, entropy_N = head.log_tail_N, head.entropy_N
+            head = read_head(reader, labels_N, tables, selection)
+            log_tail_N, entropy_N, classes_N, held = head.log_tail_N, head.entropy_N, head.classes_N, head.held
         if selection.draws:
             sizes_N = reader.take("sizes", positions)
-            held += _held(sizes_N, least=head is None, most=selection.draws)
+            held += _drawn(sizes_N, least=head is None, most=selection.draws)
             draws = read_draws(
                 reader, classes_N, sizes_N, labels_N, tables, draws=selection.draws, logprobs=selection.logprobs
             )
@@ -165,7 +157,7 @@ def _entries(head: Head | None, draws: Draws | None) -> tuple[Int32, Float32 | N
     )
 
 
-def _held(sizes_N: Numbers, *, least: int, most: int) -> int:
+def _drawn(sizes_N: Numbers, *, least: int, most: int) -> int:
     """The sum of sizes that may be allocated for. Raises Corrupt."""
     longest = int(sizes_N.max())
     if sizes_N.min() < least or longest > most or longest * len(sizes_N) > MAX_ENTRIES:

@@ -74,13 +74,15 @@ def read_draws(
     if (drawn_N > (sizes_N > 0)).any():
         raise Corrupt("a payload draws a label more than once, or where nothing is drawn")
     others_N = sizes_N - drawn_N
-    ranks_NK = from_places(read_sets(reader, "drawn", others_N, tables.vocab_size), others_N, width, 0)
-    ids_NK = np.where(_there(others_N, width), tables.orders_CV[classes_N[:, None], ranks_NK], -1)
+    ids_NK = np.full((len(sizes_N), width), -1, np.int32)
+    ranks_NK = read_sets(reader, "drawn", others_N, tables.vocab_size).T
+    in_set_NK = _there(others_N, ranks_NK.shape[1])
+    ids_NK[:, : ranks_NK.shape[1]] = np.where(in_set_NK, tables.orders_CV[classes_N[:, None], ranks_NK], -1)
     if (ids_NK == labels_N[:, None]).any():
         raise Corrupt("a payload's set holds the label of its position")
     ids_NK[_there(sizes_N, width) & (ids_NK < 0)] = labels_N[drawn_N > 0]
     counts_NK = _read_counts(reader, sizes_N, drawn_N, draws)
-    codes_NK = from_places(reader.take("log-probs", int(sizes_N.sum())), sizes_N, width, 0) if logprobs else None
+    codes_NK = from_places(reader.take("log-probs", int(sizes_N.sum())), sizes_N, width).T if logprobs else None
     order_NK = np.lexsort((ids_NK, -counts_NK if codes_NK is None else codes_NK, ids_NK < 0), axis=1)
     ids_NK = np.take_along_axis(ids_NK, order_NK, axis=1)
     logprobs_NK = None
@@ -112,7 +114,7 @@ def _read_counts(reader: Reader, sizes_N: Numbers, drawn_N: Numbers, draws: int)
     told = _told(others_N, drawn_N)
     counts = np.zeros(len(told), np.int32)
     counts[told] = reader.take("counts", int(np.count_nonzero(told))) + 1
-    counts_NK = from_places(counts, others_N, width, 0)
+    counts_NK = from_places(counts, others_N, width).T
     left_N = draws - counts_NK.sum(axis=1, dtype=np.int64)
     some_N = sizes_N > 0
     if (left_N[some_N] < 1).any():

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.contract import Selection
 from shards.errors import Corrupt
-from shards.planes.head_loops import choose_rows, fill_entries, fill_keys, take_keys, take_levels, take_outside
-from shards.planes.id_sets import read_sets, set_stream
+from shards.planes.head_loops import fill_entries, read_keys, take_keys, take_levels, take_outside
+from shards.planes.id_sets import LEFT_STEPS, NEXT_STEPS, set_stream
 from shards.planes.numbers import Numbers
 from shards.planes.rans import Reader, Stream
 from shards.planes.tables import Tables
+from shards.schema import MAX_ENTRIES
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -27,8 +29,15 @@ LEAST_BORDERS, PLACE_BORDER = (18, 23), 16
 """Levels are coded in six contexts: by the least level of the position, and by the place of the id in its set."""
 TAIL_SCALE, TAIL_GUESS, NO_TAIL, MOST = 64, 1 / 3, 0, 60_000
 ENTROPY_SCALE = 256
-_ABSENT_KEY = 0xFFFFFFFF
-_FAULTS = ("", "a payload names a level that does not exist", "a payload's set holds the label of its position")
+_KINDS = ("classes", "sizes", "least", "labels", "ids", "levels", "tail", "entropy")
+_FAULTS = (
+    "",
+    "names a class that does not exist",
+    "keeps more ids than a record may",
+    "names a rank outside the vocabulary",
+    "names a level that does not exist",
+    "holds the label of a position in its set",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +51,9 @@ class Head:
     """-inf where nothing is left. Where the tail is not known, what the kept ids leave."""
     entropy_N: Float64 | None
     """None where the tail is not known."""
+    classes_N: Numbers
+    held: int
+    """Ids in all."""
 
 
 def head_streams(
@@ -114,57 +126,36 @@ def head_streams(
     return streams, decoded_N
 
 
-def read_head(
-    reader: Reader,
-    classes_N: Numbers,
-    sizes_N: Numbers,
-    least_N: Numbers,
-    kept_N: Numbers,
-    labels_N: Numbers,
-    tables: Tables,
-    *,
-    tail_known: bool,
-) -> Head:
-    """The inverse of `head_streams`. Raises Corrupt."""
-    levels, count = tables.levels, len(sizes_N)
-    others_N = sizes_N - (kept_N > 0)
-    ranks = read_sets(reader, "ids", others_N, tables.vocab_size)
-    rows = np.empty(len(ranks) + (1 + tail_known) * count, np.uint16)
-    choose_rows(others_N, least_N, reader.row("levels"), rows)
-    rows[len(ranks) : len(ranks) + count] = reader.row("tail")
-    rows[len(ranks) + count :] = reader.row("entropy")
-    numbers = reader.take_rows(rows)
-    keys_NK = np.full((count, int(sizes_N.max())), _ABSENT_KEY, np.uint32)
-    log_tail_N, entropy_N, shift_N = np.empty((3, count))
-    fault = fill_keys(
-        ranks,
-        numbers,
-        classes_N,
-        sizes_N,
-        least_N,
-        kept_N,
+def read_head(reader: Reader, labels_N: Numbers, tables: Tables, selection: Selection) -> Head:
+    """The inverse of `head_streams`, classes first. Raises Corrupt."""
+    levels, known = tables.levels, selection.tail_known
+    fault, held, classes_N, keys_NK, (log_tail_N, entropy_N, shift_N) = read_keys(
+        *reader.source,
+        reader.rows(_KINDS),
+        NEXT_STEPS,
+        LEFT_STEPS,
         labels_N,
         tables.orders_CV,
         levels.masses,
         levels.moments,
         levels.logs,
-        np.log(tables.vocab_size),
-        tail_known,
-        keys_NK,
-        log_tail_N,
-        entropy_N,
-        shift_N,
+        selection.k,
+        MAX_ENTRIES,
+        selection.kind == "adaptive",
+        known,
     )
     if fault:
-        raise Corrupt(_FAULTS[fault])
+        raise Corrupt(f"a payload {_FAULTS[fault]}")
     keys_NK.sort(axis=1)
     ids_NK, logprobs_NK = np.empty(keys_NK.shape, np.int32), np.empty(keys_NK.shape, np.float32)
     fill_entries(keys_NK, levels.logs, shift_N, ids_NK, logprobs_NK)
     return Head(
+        classes_N=classes_N,
         ids_NK=ids_NK,
         logprobs_NK=logprobs_NK,
         log_tail_N=log_tail_N,
-        entropy_N=entropy_N if tail_known else None,
+        entropy_N=entropy_N if known else None,
+        held=held,
     )
 
 

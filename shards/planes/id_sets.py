@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from shards.compiled import compiled
 from shards.errors import Corrupt
 from shards.planes.numbers import Numbers
-from shards.planes.rans import Bytes, Contexts, Index, Places, Reader, Shares, States, Stream, Words, next_number
+from shards.planes.rans import Bytes, Contexts, Index, Places, Reader, Slots, States, Stream, Words, decode
 from shards.planes.tables import GAP_CONTEXTS, MAX_CLASSES, MOST_COST, Tables
 
 ABSENT_RANK = 1 << 24
 """Ranks of ids that are not in a set; they stand last."""
 RANK_OFFSET = 10
 """Ranks up to about this one are all equally likely to be kept."""
-_NEXT = np.rint(8 * np.log2(RANK_OFFSET + np.arange(1 << 16))).astype(np.uint8)
-_LEFT = np.rint(8 * np.log2(np.maximum(np.arange(1 << 12), 1))).astype(np.uint8)
+NEXT_STEPS = np.rint(8 * np.log2(RANK_OFFSET + np.arange(1 << 16))).astype(np.uint8)
+LEFT_STEPS = np.rint(8 * np.log2(np.maximum(np.arange(1 << 12), 1))).astype(np.uint8)
 
 
 def choose_classes(ids_NK: NDArray[np.int32], tables: Tables) -> Numbers:
@@ -39,16 +39,16 @@ def set_stream(kind: str, ranks_NK: Numbers, sizes_N: Numbers) -> Stream:
     """The gaps of sets given as rising ranks; what lies beyond a set's size means nothing."""
     count = int(sizes_N.sum())
     gaps, contexts = np.empty(count, np.int32), np.empty(count, np.uint16)
-    _take_gaps(ranks_NK, sizes_N, _NEXT, _LEFT, gaps, contexts)
+    _take_gaps(ranks_NK, sizes_N, NEXT_STEPS, LEFT_STEPS, gaps, contexts)
     return Stream(kind, gaps, contexts)
 
 
 def read_sets(reader: Reader, kind: str, sizes_N: Numbers, bound: int) -> Numbers:
-    """The ranks of sets of these sizes, all below `bound`, place by place. Raises Corrupt."""
-    ranks = np.empty(int(sizes_N.sum()), np.int32)
-    if not _fill_ranks(*reader.source, reader.row(kind), _NEXT, _LEFT, sizes_N, bound, ranks):
+    """[K, N]: the ranks of sets of these sizes, all below `bound`; 0 beyond a set's size. Raises Corrupt."""
+    ranks_KN = np.zeros((int(sizes_N.max(initial=0)), len(sizes_N)), np.int32)
+    if not fill_ranks(*reader.source, reader.row(kind), NEXT_STEPS, LEFT_STEPS, sizes_N, bound, ranks_KN):
         raise Corrupt(f"a payload names a rank outside {bound}")
-    return ranks
+    return ranks_KN
 
 
 def by_place(values_NK: NDArray[np.integer], sizes_N: Numbers) -> NDArray[np.integer]:
@@ -57,14 +57,14 @@ def by_place(values_NK: NDArray[np.integer], sizes_N: Numbers) -> NDArray[np.int
     return values_NK.T[there_KN]
 
 
-def from_places(values: Numbers, sizes_N: Numbers, width: int, fill: int) -> Numbers:
-    """[N, width]: the inverse of `by_place`."""
-    values_KN = np.full((width, len(sizes_N)), fill, np.int32)
-    values_KN[np.arange(width)[:, None] < sizes_N] = values
-    return values_KN.T
+def from_places(values: Numbers, sizes_N: Numbers, width: int) -> Numbers:
+    """[width, N]: the inverse of `by_place`; 0 beyond a set's size."""
+    values_KN = np.zeros((width, len(sizes_N)), np.int32)
+    fill_places(values, sizes_N, values_KN)
+    return values_KN
 
 
-assert (int(_NEXT[-1]) + 24 >> 3) + 1 == GAP_CONTEXTS, "as its contexts come out"
+assert (int(NEXT_STEPS[-1]) + 24 >> 3) + 1 == GAP_CONTEXTS, "as its contexts come out"
 
 
 @compiled
@@ -94,9 +94,10 @@ assert (64 * (MOST_COST + 1) < 1 << 16, MAX_CLASSES) == (True, 24), "as the loop
 
 
 @compiled
-def _context(least: int, left: int, next_steps: Bytes, left_steps: Bytes) -> Index:
+def _context(least: Index, left: Index, next_steps: Bytes, left_steps: Bytes) -> Index:
     """In octaves, how wide a gap is likely that begins at rank `least` where `left` ids are still to come."""
-    wide = np.int64(next_steps[min(least, 65535)]) - np.int64(left_steps[min(left, 4095)]) + 24
+    near, few = np.uint64(min(least, 65535)), np.uint64(min(left, 4095))
+    wide = np.int64(next_steps[near]) - np.int64(left_steps[few]) + 24
     return (wide if wide > 0 else np.int64(0)) >> 3
 
 
@@ -123,44 +124,47 @@ def _take_gaps(
 
 
 @compiled
-def _fill_ranks(
+def fill_ranks(
     words: Words,
     sides: Bytes,
     states: States,
     places: Places,
-    symbols: Bytes,
-    shares: Shares,
-    first: int,
+    slots: Slots,
+    first: Index,
     next_steps: Bytes,
     left_steps: Bytes,
     sizes_N: Numbers,
     bound: int,
-    ranks: Numbers,
+    ranks_KN: Numbers,
 ) -> bool:
-    """Fill `ranks` and move states and places on; False where one is not below `bound`."""
-    turn: Index = places[0]
-    word: Index = places[1]
-    side: Index = places[2]
-    going, least_N = np.arange(len(sizes_N)), np.zeros(len(sizes_N), np.int64)
-    index, place, count, fits = 0, 0, len(sizes_N), True
-    while count:
-        still = 0
+    """Fill `ranks_KN` and move states and places on; False where one is not below `bound`."""
+    going, least_N = np.empty(len(sizes_N), np.uint64), np.zeros(len(sizes_N), np.int64)
+    codes, gaps = np.empty(len(sizes_N), np.uint16), np.empty(len(sizes_N), np.int32)
+    fits = True
+    for place in range(np.uint64(len(ranks_KN))):
+        count = np.uint64(0)
+        for row in range(np.uint64(len(sizes_N))):
+            left = np.int64(sizes_N[row]) - np.int64(place)
+            if left > 0:
+                codes[count] = first + _context(least_N[row], left, next_steps, left_steps)
+                going[count] = row
+                count += np.uint64(1)
+        decode(words, sides, states, places, slots, codes[:count], gaps[:count])
         for at in range(count):
             row = going[at]
-            left = sizes_N[row] - place
-            if left > 0:
-                going[still] = row
-                still += 1
-                code = first + _context(least_N[row], left, next_steps, left_steps)
-                gap, word, side = next_number(words, sides, states, symbols, shares, code, turn, word, side)
-                turn = turn + 1 & 7
-                rank = least_N[row] + gap
-                if rank >= bound:
-                    rank, fits = bound - 1, False
-                ranks[index] = rank
-                index += 1
-                least_N[row] = rank + 1
-        count = still
-        place += 1
-    places[0], places[1], places[2] = turn, word, side
+            rank = least_N[row] + gaps[at]
+            fits &= rank < bound
+            rank = min(rank, bound - 1)
+            ranks_KN[place, row] = rank
+            least_N[row] = rank + 1
     return fits
+
+
+@compiled
+def fill_places(values: Numbers, sizes_N: Numbers, values_KN: Numbers) -> None:
+    index = np.uint64(0)
+    for place in range(np.uint64(len(values_KN))):
+        for row in range(np.uint64(len(sizes_N))):
+            if np.int64(place) < sizes_N[row]:
+                values_KN[place, row] = values[index]
+                index += np.uint64(1)

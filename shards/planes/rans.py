@@ -3,7 +3,7 @@
 - All streams of a cell share the states, so that a stream costs its entropy and nothing else, and a cell 32 bytes at
   most.
 - Side bytes are stored as they are, from the end of the cell backwards; words lie in front of them.
-- A symbol's share of its code is a frequency out of 4096: to decode one is two look-ups, a multiplication and a shift.
+- A symbol's share of its code is a frequency out of 4096: to decode one is a look-up, a multiplication and a shift.
 - A number whose symbol has no frequency takes three side bytes, so that any number can be written in any code.
 - Whole numbers only: the same bytes on every machine. Words beyond the end read as 0, which `end` finds.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -31,12 +31,14 @@ Words = NDArray[np.uint16]
 Bytes = NDArray[np.uint8]
 Shares = NDArray[np.uint32]
 """By row and symbol: frequency << 16 | sum of the frequencies of lower symbols."""
+Slots = NDArray[np.uint32]
+"""By row and value, what a state that has this value decodes: symbol | frequency - 1 << 8 | value - its first << 20."""
 Index = int | np.integer
 States = NDArray[np.uint64]
-Places = NDArray[np.int64]
+Places = NDArray[np.uint64]
 """Whose turn it is, the next word and how many side bytes were taken."""
-Source = tuple[Words, Bytes, States, Places, Bytes, Shares]
-"""Words, side bytes, states, places, the symbol of each value by row, and shares."""
+Source = tuple[Words, Bytes, States, Places, Slots]
+"""Words, side bytes, states, places and slots."""
 
 BITS = 12
 TOTAL = 1 << BITS
@@ -94,8 +96,7 @@ class Coder:
         self._rows = dict(zip(codes, ends, strict=False))
         firsts = np.cumsum(frequencies, axis=1, dtype=np.uint32) - frequencies
         self._shares: Shares = (frequencies << 16 | firsts).astype(np.uint32)
-        every = np.tile(np.arange(256, dtype=np.uint8), len(frequencies))
-        self._symbols = np.repeat(every, frequencies.ravel()).reshape(-1, TOTAL)
+        self._slots = _slots(frequencies, firsts)
 
     def row(self, kind: str) -> int:
         """The row of a kind's first context; those of the others follow."""
@@ -117,45 +118,46 @@ class Coder:
 
     def reader(self, cell: bytes | memoryview) -> Reader:
         """Raises Corrupt."""
-        return Reader(self, self._symbols, self._shares, cell)
+        return Reader(self, self._slots, cell)
+
+
+def _slots(frequencies: Shares, firsts: Shares) -> Slots:
+    symbols = np.tile(np.arange(256, dtype=np.uint32), len(frequencies)).repeat(frequencies.ravel())
+    shares = (frequencies - 1 << 8).ravel().repeat(frequencies.ravel())
+    within = np.tile(np.arange(TOTAL, dtype=np.uint32), len(firsts)) - firsts.ravel().repeat(frequencies.ravel())
+    slots: Slots = (symbols | shares | within << 20).astype(np.uint32, copy=False)
+    return slots.reshape(-1, TOTAL)
 
 
 class Reader:
     """Reads a cell stream by stream."""
 
-    def __init__(self, coder: Coder, symbols: Bytes, shares: Shares, cell: bytes | memoryview) -> None:
+    def __init__(self, coder: Coder, slots: Slots, cell: bytes | memoryview) -> None:
         if len(cell) < _HEADER:
             raise Corrupt("a payload has no room for its states")
         self._coder = coder
         self._bytes = np.frombuffer(cell, np.uint8)
         self._states: States = np.array(struct.unpack_from(f"<{STATES}I", cell), np.uint64)
-        self._places = np.zeros(3, np.int64)
+        self._places: Places = np.zeros(3, np.uint64)
         if min(self._states.tolist()) < LEAST_STATE:
             raise Corrupt("a payload begins with a state that no writer leaves")
         count = (len(cell) - _HEADER) // 2
         words = np.zeros(count + 1, np.uint16)
         words[:count] = np.frombuffer(cell, "<u2", count, _HEADER)
-        self.source: Source = (words, self._bytes, self._states, self._places, symbols, shares)
+        self.source: Source = (words, self._bytes, self._states, self._places, slots)
         """What loops read numbers from."""
 
     def row(self, kind: str) -> int:
         return self._coder.row(kind)
 
+    def rows(self, kinds: Iterable[str]) -> Rows:
+        return np.array([self._coder.row(kind) for kind in kinds], np.uint16)
+
     def take(self, kind: str, count: int, contexts: Contexts | int = 0) -> Numbers:
         """The next stream, which holds `count` numbers below 2^24."""
-        rows = np.full(count, self.row(kind), np.uint16)
+        rows, numbers = np.full(count, self.row(kind), np.uint16), np.empty(count, np.int32)
         rows += np.uint16(contexts)
-        return self.take_rows(rows)
-
-    def take_each(self, kinds: Sequence[str], count: int) -> Numbers:
-        """[kinds, count]: the next streams, of as many numbers each."""
-        rows = np.array([self.row(kind) for kind in kinds], np.uint16).repeat(count)
-        return self.take_rows(rows).reshape(len(kinds), count)
-
-    def take_rows(self, rows: Rows) -> Numbers:
-        """The next numbers, of any kinds."""
-        numbers = np.empty(len(rows), np.int32)
-        _decode(*self.source, rows, numbers)
+        decode(*self.source, rows, numbers)
         return numbers
 
     def end(self) -> None:
@@ -166,100 +168,77 @@ class Reader:
 
 
 @compiled
-def next_number(
-    words: Words,
-    sides: Bytes,
-    states: States,
-    symbols: Bytes,
-    shares: Shares,
-    row: Index,
-    turn: Index,
-    word: Index,
-    side: Index,
-) -> tuple[Index, Index, Index]:
-    """The next number, in the code of `row`, from the state whose turn it is; the next word; side bytes taken.
+def decode(
+    words: Words, sides: Bytes, states: States, places: Places, slots: Slots, rows: Rows, numbers: Numbers
+) -> None:
+    """Fill `numbers` in the codes of `rows`, and move states and places on.
 
     Any bytes are safe: a value has 12 bits, the index of a word is cut at the last, that of a side byte at the first.
+    Symbols first, side bytes then: which symbols have one cannot be foreseen, and states need not wait to find out.
+    Indices are unsigned: of a signed one it is asked each time whether it counts from the end.
     """
-    x = states[turn]
-    value = x & np.uint64(4095)
-    symbol = symbols[row, value]
-    share = np.uint64(shares[row, symbol])
-    x = (share >> np.uint64(16)) * (x >> np.uint64(12)) + value - (share & np.uint64(65535))
-    short = np.int64(x < np.uint64(65536))
-    next_word = np.uint64(words[min(word, len(words) - 1)])
-    states[turn] = x << np.uint64(short << 4) | next_word & np.uint64(-short)
-    number: Index = np.int64(symbol)
-    if number == 255:
-        number = 0
-        for place in range(3):
-            side += 1
-            number += np.int64(sides[max(len(sides) - side, 0)]) << 8 * place
-    else:  # without a branch: one in five gaps has a side byte, which one cannot be foreseen
-        more = np.int64(number >= 192)
-        side += more
-        number += more * (255 * (number - 192) + np.int64(sides[max(len(sides) - side, 0) & -more]))
-    return number, word + short, side
-
-
-@compiled
-def _decode(
-    words: Words,
-    sides: Bytes,
-    states: States,
-    places: Places,
-    symbols: Bytes,
-    shares: Shares,
-    rows: Rows,
-    numbers: Numbers,
-) -> None:
-    """Fill `numbers` in the codes of `rows`, and move states and places on."""
-    turn: Index = places[0]
-    word: Index = places[1]
-    side: Index = places[2]
-    for index in range(len(numbers)):
-        number, word, side = next_number(words, sides, states, symbols, shares, rows[index], turn, word, side)
-        numbers[index] = number
-        turn = turn + 1 & 7
-    places[0], places[1], places[2] = turn, word, side
+    turn, word, side = places[0], places[1], places[2]
+    last_word, last_side = np.uint64(len(words) - 1), np.uint64(len(sides) - 1)
+    for index in range(np.uint64(len(rows))):
+        x = states[turn & np.uint64(7)]
+        slot = np.uint64(slots[rows[index], x & np.uint64(4095)])
+        numbers[index] = slot & np.uint64(255)
+        x = ((slot >> np.uint64(8) & np.uint64(4095)) + np.uint64(1)) * (x >> np.uint64(12)) + (slot >> np.uint64(20))
+        short = np.uint64(x < np.uint64(65536))
+        next_word = np.uint64(words[min(word, last_word)])
+        states[turn & np.uint64(7)] = x << (short << np.uint64(4)) | next_word & np.uint64(0) - short
+        word += short
+        turn += np.uint64(1)
+    for index in range(np.uint64(len(rows))):
+        symbol = numbers[index]
+        if symbol == 255:
+            number = np.uint64(0)
+            for place in range(3):
+                number += np.uint64(sides[max(last_side, side) - side]) << np.uint64(8 * place)
+                side += np.uint64(1)
+            numbers[index] = number
+        elif symbol >= 192:
+            numbers[index] = 192 + (symbol - 192 << 8) + np.int32(sides[max(last_side, side) - side])
+            side += np.uint64(1)
+    places[0], places[1], places[2] = turn & np.uint64(7), word, side
 
 
 @compiled
 def _encode(
     numbers: Numbers, rows: Rows, shares: Shares, inverses: NDArray[np.uint64], words: Words, sides: Bytes
-) -> tuple[Index, int]:
+) -> tuple[Index, Index]:
     """Write words at the end of `words` and side bytes at the beginning of `sides`: the last number goes first.
 
     Returns the first word and the number of side bytes.
     """
     state = np.full(8, 65536, np.uint64)
-    word: Index = len(words)
-    side = 0
-    for index in range(len(numbers) - 1, -1, -1):
-        number, row = numbers[index], rows[index]
+    word, side, count = np.uint64(len(words)), np.uint64(0), np.uint64(len(numbers))
+    for before in range(count):
+        index = count - np.uint64(1) - before
+        number, row = np.uint64(numbers[index]), rows[index]
         symbol = number
         if number >= 192:
-            symbol = 255 if number >= 16320 else 192 + (number - 192 >> 8)
+            symbol = np.uint64(255) if number >= 16320 else np.uint64(192) + (number - np.uint64(192) >> np.uint64(8))
         share = shares[row, symbol]
         if symbol == 255 or share < 65536:
-            share = shares[row, 255]
+            share = shares[row, np.uint64(255)]
             for place in range(2, -1, -1):
-                sides[side] = number >> 8 * place & 255
-                side += 1
+                sides[side] = number >> np.uint64(8 * place) & np.uint64(255)
+                side += np.uint64(1)
         elif number >= 192:
-            sides[side] = number - 192 & 255
-            side += 1
-        x, frequency = state[index & 7], np.uint64(share >> np.uint32(16))
-        long = np.int64(x >= frequency << np.uint64(20))
-        words[word - 1] = x & np.uint64(65535)
+            sides[side] = number - np.uint64(192) & np.uint64(255)
+            side += np.uint64(1)
+        x, frequency = state[index & np.uint64(7)], np.uint64(share >> np.uint32(16))
+        long = np.uint64(x >= frequency << np.uint64(20))
+        words[word - np.uint64(1)] = x & np.uint64(65535)
         word -= long
-        x >>= np.uint64(long << 4)
+        x >>= long << np.uint64(4)
         quotient = (x + np.uint64(1)) * inverses[frequency] >> np.uint64(44)
         rest = x - quotient * frequency
-        state[index & 7] = (quotient << np.uint64(12)) + rest + np.uint64(share & np.uint32(65535))
+        state[index & np.uint64(7)] = (quotient << np.uint64(12)) + rest + np.uint64(share & np.uint32(65535))
     for turn in range(7, -1, -1):
-        word -= 2
-        words[word], words[word + 1] = state[turn] & np.uint64(65535), state[turn] >> np.uint64(16)
+        word -= np.uint64(2)
+        words[word], words[word + np.uint64(1)] = state[turn] & np.uint64(65535), state[turn] >> np.uint64(16)
     return word, side
 
 

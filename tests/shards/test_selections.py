@@ -124,7 +124,7 @@ def test_R4_sizes_are_bounded_before_memory_is_taken(in_child: Callable[..., int
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
         try:
-            with pytest.raises(Corrupt, match="keeps 1 to 4096 ids at 5000 positions"):
+            with pytest.raises(Corrupt, match="keeps more ids than a record may"):
                 codec.decode_signal(cell, labels_N=np.zeros(5_000, np.int32), entries=9_095)
         except BaseException:
             os.abort()
@@ -150,8 +150,8 @@ DRAWS = (("classes", [0]), ("sizes", [2]), ("drawn-labels", [1]), ("drawn", [7])
         (Selection(kind="topk", k=2), HEAD, {"ids": [4]}, "holds the label"),
         (Selection(kind="topk", k=2), HEAD, {"labels": [200]}, "a level that does not exist"),
         (Selection(kind="topk", k=2), HEAD, {"levels": [200]}, "a level that does not exist"),
-        (Selection(kind="topk", k=2), HEAD, {"ids": [50]}, "a rank outside 50"),
-        (Selection(kind="topk", k=2), HEAD, {"classes": [1]}, "names class 1 of 1"),
+        (Selection(kind="topk", k=2), HEAD, {"ids": [50]}, "a rank outside"),
+        (Selection(kind="topk", k=2), HEAD, {"classes": [1]}, "a class that does not exist"),
         (Selection(kind="sample", draws=3, logprobs=False), DRAWS, {"drawn": [4]}, "holds the label"),
         (Selection(kind="sample", draws=3, logprobs=False), DRAWS, {"drawn-labels": [2]}, "a label more than once"),
         (Selection(kind="sample", draws=3, logprobs=False), DRAWS, {"counts": [2]}, "more than 3 draws"),
