@@ -280,7 +280,7 @@ def _samples_over_time(prompts: Iterable[Sequence[tuple[int, Answered]]]) -> Ite
     for answers in prompts:
         newest = answers[-1][1]
         rows = [("prompt", newest.prompt), ("label", newest.label)]
-        rows += [(f"after {step:,} steps", answered.answer) for step, answered in answers]
+        rows += [(f"after {step:,} steps", answered.answer.strip() or "(nothing)") for step, answered in answers]
         yield f'<dl class="sample">{"".join(f"<dt>{name}</dt><dd>{_text(words)}</dd>" for name, words in rows)}</dl>'
 
 

@@ -49,6 +49,7 @@ def evaluate(
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
     emit: Emit = silent,
+    unit: str = "batches",
 ) -> EvaluationReport:
     """Measure `forward` on a split or its first `records`, each rank on its part; `total` adds up what the ranks found.
 
@@ -65,7 +66,7 @@ def evaluate(
         found = forward(batch).sums.to(sums.device)
         if part.size:
             sums += found
-        emit(Progress(stage="evaluate", done=done, total=len(parts), unit="batches"))
+        emit(Progress(stage="evaluate", done=done, total=len(parts), unit=unit))
     named, calibration = total(sums).split([len(EVALUATION_SUMS), 3 * CALIBRATION_BINS])
     totals = dict(zip(EVALUATION_SUMS, named.tolist(), strict=True))
     positions = totals.pop("positions")
@@ -104,4 +105,5 @@ def evaluate_model(
             start_token_id=shards.contract.start_token_id,
             micro_batch=micro_batch,
             emit=emit,
+            unit=f"batches of {split}",
         )

@@ -55,8 +55,8 @@ def run(finished_run: Path) -> RunFolder:
         for step in range(1, 40):
             values = {"kl": 5.0 / step, "lr": 1e-3, "kept": 0.99, "data_wait": 0.001, "<i>own</i>": float(step)}
             emit(Metric(stage="distill", step=step, values=values))
-        for step in (0, 20):
-            emit(Answered(stage="distill", step=step, prompt="6 x 7?", answer=f"<{step}>", label="42"))
+        for step, answer in ((0, " \n"), (10, "<10>"), (20, "<20>")):
+            emit(Answered(stage="distill", step=step, prompt="6 x 7?", answer=answer, label="42"))
     evaluate = run.summary()["evaluate"]
     run.report("evaluate", {**evaluate, "samples": [{"prompt": "<script>x</script>", "answer": "&", "label": "2"}]})
     return run
@@ -75,8 +75,8 @@ def test_it_holds_every_curve_and_needs_no_other_file(run: RunFolder) -> None:
     assert "url(" not in page
     assert "&lt;script&gt;x" in page
     assert "&lt;i&gt;own" in page
-    over_time = page[page.index("Answers over time") :]
-    assert over_time.index("after 0 steps</dt><dd>&lt;0&gt;") < over_time.index("after 20 steps</dt><dd>&lt;20&gt;")
+    over_time = re.findall(r"after (\d+) steps</dt><dd>([^<]*)", page[page.index("Answers over time") :])
+    assert over_time == [("0", "(nothing)"), ("10", "&lt;10&gt;"), ("20", "&lt;20&gt;")]
     labels = [value for name, value in outline.attributes if name == "aria-label"]
     assert "KL to the teacher, nats: 0.128 at step 39" in labels
     assert not list(run.path.glob(f".{REPORT}*")), "no half-written file is left"
