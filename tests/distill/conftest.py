@@ -109,9 +109,15 @@ def record() -> Callable[..., Record]:
 
 @pytest.fixture(scope="session")
 def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
-    """Write a sealed shard set; `changes` are fields of the contract."""
+    """Write a sealed shard set of records made by `of`; `changes` are fields of the contract."""
 
-    def make(records: int = 40, dev: int = 10, seed: int = 0, **changes: object) -> Path:
+    def make(
+        records: int = 40,
+        dev: int = 10,
+        seed: int = 0,
+        of: Callable[..., Record] = make_record,
+        **changes: object,
+    ) -> Path:
         folder = tmp_path_factory.mktemp("shards")
         contract = make_contract(**changes)
         begin(folder, contract)
@@ -125,7 +131,7 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
         for split, first, count in (("train", 0, records), ("dev", records, dev)):
             for start in range(0, count, 16):
                 chosen = range(first + start, first + min(start + 16, count))
-                rows = [make_record(index, seed, attention=with_attention) for index in chosen]
+                rows = [of(index, seed, attention=with_attention) for index in chosen]
                 infos.append(write_shard(folder, f"{split}-{start:03d}", split, contract, rows))
         seal(folder, contract, infos)
         return folder
