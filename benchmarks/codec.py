@@ -104,7 +104,7 @@ def top64_rows(given: Material) -> Iterator[Row]:
 
 
 def speed_rows(given: Material, case: str) -> Iterator[Row]:
-    """Beside DistillKit's layout in its own way of coding it, and in loops that are compiled as ours are."""
+    """Beside DistillKit's layout in its own way of coding it and in compiled loops; and our entropy coder alone."""
     plain, layout = given.plain, DistillKitLayout(VOCAB)
     ours = {"encode": given.ours.encode, "decode": given.ours.decode}
     tensors = [(torch.tensor(record.ids_NK), torch.tensor(record.logprobs_NK)) for record in plain]
@@ -124,6 +124,7 @@ def speed_rows(given: Material, case: str) -> Iterator[Row]:
     for name, works, bounds in (
         ("DistillKit's layout", as_theirs, {"encode": 2.3, "decode": 4.8}),
         ("the same, compiled", compiled, {}),
+        ("our entropy coder alone", given.ours.coder, {}),
     ):
         for what, (mine, other) in rates(ours, works, positions).items():
             yield compare(case, what, "tokens/s", mine, other, name, bound=bounds.get(what), more_is_better=True)

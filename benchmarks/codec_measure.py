@@ -13,7 +13,8 @@ from shards.codec import codec_for
 from shards.contract import Contract
 from shards.planes.calibration import learn_tables
 from shards.planes.numbers import to_symbols
-from shards.planes.tables import fingerprint
+from shards.planes.rans import Coder, decode
+from shards.planes.tables import Tables, fingerprint
 from shards.record import Record
 from shards.signal import Signal
 from shards.topk_planes import TopkPlanes1
@@ -37,6 +38,8 @@ class Measured:
     decoded: list[Record]
     encode: Callable[[], object]
     decode: Callable[[], object]
+    coder: Mapping[str, Callable[[], object]]
+    """The same with all but the entropy coder's own work done beforehand; of codecs with tables."""
 
     @property
     def total(self) -> float:
@@ -52,7 +55,7 @@ def measure(contract: Contract, test: Sequence[Record], taught: Sequence[Record]
     cells = codec.encode_signals(test)
     kept = [int((record.ids_NK >= 0).sum()) for record in test]
 
-    def decode() -> list[Signal]:
+    def decoded() -> list[Signal]:
         return [
             codec.decode_signal(cell, labels_N=record.labels_N, entries=count)
             for cell, record, count in zip(cells, test, kept, strict=True)
@@ -61,21 +64,40 @@ def measure(contract: Contract, test: Sequence[Record], taught: Sequence[Record]
     positions = sum(record.positions for record in test)
     attention = sum(len(codec.encode_attention(record)) for record in test) if contract.attention else 0
     by_kind = _order_0(codec, test) if data else {}
+    coder = _coder_alone(codec, Tables.from_bytes(data, contract.vocab_size).coder, test, cells) if data else {}
     return Measured(
         signal=sum(map(len, cells)) / positions,
         tables=len(data or b"") / SHARD_POSITIONS,
         attention=attention / positions,
         bound=sum(by_kind.values()) / positions,
         by_kind={kind: size / positions for kind, size in by_kind.items()},
-        decoded=[_with(record, signal) for record, signal in zip(test, decode(), strict=True)],
+        decoded=[_with(record, signal) for record, signal in zip(test, decoded(), strict=True)],
         encode=lambda: codec.encode_signals(test),
-        decode=decode,
+        decode=decoded,
+        coder=coder,
     )
 
 
 def _with(record: Record, signal: Signal) -> Record:
     names = [field.name for field in dataclasses.fields(signal)]
     return dataclasses.replace(record, **{name: getattr(signal, name) for name in names})
+
+
+def _coder_alone(
+    codec: object, coder: Coder, records: Sequence[Record], cells: Sequence[bytes]
+) -> dict[str, Callable[[], object]]:
+    streams = [list(codec.signal_streams(record)) for record in records]  # type: ignore[attr-defined]
+    rows = [
+        np.concatenate([np.full(part.numbers.size, coder.row(part.kind)) + part.contexts for part in of_record])
+        for of_record in streams
+    ]
+    given = [
+        (cell, codes.astype(np.uint16), np.empty(len(codes), np.int32)) for cell, codes in zip(cells, rows, strict=True)
+    ]
+    return {
+        "encode": lambda: [coder.pack(of_record) for of_record in streams],
+        "decode": lambda: [decode(*coder.reader(cell).source, codes, into) for cell, codes, into in given],
+    }
 
 
 def _order_0(codec: object, records: Sequence[Record]) -> dict[str, float]:
