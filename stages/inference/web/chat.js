@@ -4,7 +4,7 @@ import { ask, byId, element, every, keepKey, showPulse } from "/web/page.js";
 import { showAlternatives } from "/web/alternatives.js";
 
 const ALTERNATIVES = 8;
-const turns = [];
+let turns = []; // of the conversation that is shown
 let stopping = null; // ends the answer under way
 
 const log = byId("log"), prompt = byId("prompt");
@@ -36,11 +36,11 @@ async function* events(response) {
   }
 }
 
-function request() {
+function request(conversation) {
   const system = byId("system").value.trim(), seed = byId("seed").value, stop = byId("stop-at").value;
   return {
     model: byId("model").value,
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...turns],
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...conversation],
     temperature: byId("temperature").valueAsNumber,
     top_p: byId("top-p").valueAsNumber,
     max_completion_tokens: byId("max-tokens").valueAsNumber || 160,
@@ -69,7 +69,8 @@ function choose(chosen) {
   showAlternatives(byId("alternatives"), chosen);
 }
 
-async function answer() {
+/** Stream an answer to `conversation`, which stays its own: another may have begun before it ends. */
+async function answer(conversation) {
   const text = element("p", { className: "text", role: "group", "aria-label": "Answer, by token" });
   const figures = element("p", { className: "figures", textContent: "reading the prompt …" });
   const turn = bubble("assistant", text, figures);
@@ -86,7 +87,7 @@ async function answer() {
   };
   try {
     await ready;
-    const body = JSON.stringify(request());
+    const body = JSON.stringify(request(conversation));
     const response = await ask("/v1/chat/completions", {
       method: "POST", body, headers: { "content-type": "application/json" }, signal: stopping.signal,
     });
@@ -117,8 +118,8 @@ async function answer() {
   } finally {
     turn.removeAttribute("aria-busy");
     if (text.firstChild) text.firstChild.tabIndex = 0;
-    if (said) turns.push({ role: "assistant", content: said });
-    else turns.pop();
+    if (said) conversation.push({ role: "assistant", content: said });
+    else conversation.pop();
     byId("send").hidden = false;
     byId("stop").hidden = true;
     stopping = null;
@@ -140,7 +141,7 @@ function send() {
   prompt.value = "";
   fit();
   log.scrollTop = log.scrollHeight;
-  answer();
+  answer(turns);
 }
 
 function fit() {
@@ -169,7 +170,7 @@ byId("open-panel").addEventListener("click", () => togglePanel());
 byId("close-panel").addEventListener("click", () => { togglePanel(false); byId("open-panel").focus(); });
 byId("reset").addEventListener("click", () => {
   stopping?.abort();
-  turns.length = 0;
+  turns = [];
   for (const turn of log.querySelectorAll(".turn")) turn.remove();
   byId("welcome").hidden = false;
   byId("alternatives").replaceChildren(element("p", { className: "faint", textContent: "Choose a word of an answer." }));

@@ -131,24 +131,40 @@ def test_what_is_written_is_text_and_never_markup(page: Page, address: str) -> N
     assert page.title() == "MiniCodformer · chat"
 
 
-def test_escape_stops_an_answer_and_keeps_what_was_said(
-    browser: Browser, served: ServedModel, serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(served.student.model.config, "eos_token_id", -1)
-        with serve(create_app([served], ServerSettings(max_new_tokens=10**7))) as address:
-            page = watched(browser.new_page(), address)
-            page.goto(address)
-            page.locator("#max-tokens").fill("10000000")
-            page.locator("#prompt").fill("count")
-            page.keyboard.press("Enter")
-            expect(page.locator("#stop")).to_be_visible()
-            page.locator(".word").nth(3).wait_for()
-            page.keyboard.press("Escape")
-            expect(page.locator("#send")).to_be_visible()
-            expect(page.locator(".figures")).to_contain_text("stopped")
-            page.wait_for_function("async () => (await (await fetch('/api/status')).text()).includes('\"running\":0')")
-            page.close()
+@pytest.fixture
+def talking(browser: Browser, served: ServedModel, serve: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
+    """The chat, while an answer that never ends is being written."""
+    monkeypatch.setattr(served.student.model.config, "eos_token_id", -1)
+    with serve(create_app([served], ServerSettings(max_new_tokens=10**7))) as address:
+        page = watched(browser.new_page(), address)
+        page.goto(address)
+        page.locator("#max-tokens").fill("10000000")
+        page.locator("#prompt").fill("count")
+        page.keyboard.press("Enter")
+        expect(page.locator("#stop")).to_be_visible()
+        page.locator(".word").nth(3).wait_for()
+        yield page
+        page.close()
+
+
+def test_escape_stops_an_answer_and_keeps_what_was_said(talking: Page) -> None:
+    talking.keyboard.press("Escape")
+    expect(talking.locator("#send")).to_be_visible()
+    expect(talking.locator(".figures")).to_contain_text("stopped")
+    talking.wait_for_function("async () => (await (await fetch('/api/status')).text()).includes('\"running\":0')")
+
+
+def test_what_was_being_said_stays_out_of_a_conversation_begun_meanwhile(talking: Page) -> None:
+    sent: list[Any] = []
+    talking.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
+    talking.locator("#reset").click()
+    expect(talking.locator("#send")).to_be_visible()
+    talking.locator("#prompt").fill("anew")
+    talking.keyboard.press("Enter")
+    talking.locator(".word").first.wait_for()
+    talking.keyboard.press("Escape")
+    expect(talking.locator("#send")).to_be_visible()
+    assert [request["messages"] for request in sent] == [[{"role": "user", "content": "anew"}]]
 
 
 def test_a_server_that_asks_for_a_key_is_told_it_on_the_page(browser: Browser, served: ServedModel, serve: Any) -> None:
