@@ -96,7 +96,7 @@ async def _answer(
     request: Request,
 ) -> Response:
     drawn = body.sampling(service.settings.max_new_tokens)
-    ticket = service.submit(model, prompts, drawn, body.n or 1)
+    ticket = service.submit(model, prompts, drawn, body.n or 1, body.length_field)
     prompt_tokens = sum(map(len, prompts))
     headers = {"x-ignored-fields": ", ".join(ignored)} if (ignored := body.ignored()) else {}
     if body.stream:

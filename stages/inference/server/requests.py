@@ -78,6 +78,11 @@ class Common(Strict):
             raise ValueError("`stream_options` means something only with `stream`")
         return self
 
+    @property
+    def length_field(self) -> str:
+        """The field that says how long an answer may get."""
+        return "max_tokens"
+
     def ignored(self) -> list[str]:
         """Fields that were said and change nothing."""
         extras = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
@@ -199,6 +204,10 @@ class ChatRequest(Common):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("`max_tokens` and `max_completion_tokens` are the same and differ")
         return self
+
+    @property
+    def length_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def sampling(self, longest: int) -> Sampling:
         """`longest` is the most tokens that an answer may have here."""

@@ -70,11 +70,13 @@ class Service:
             encoded.append(ids)
         return encoded
 
-    def submit(self, model: ServedModel, prompts: Sequence[Sequence[int]], drawn: Sampling, count: int) -> Ticket:
-        """Have `count` answers to each prompt written. Raises Refusal."""
+    def submit(
+        self, model: ServedModel, prompts: Sequence[Sequence[int]], drawn: Sampling, count: int, param: str
+    ) -> Ticket:
+        """Have `count` answers to each prompt written. Raises Refusal, naming `param` where they may get too long."""
         longest = self.settings.max_new_tokens
         if drawn.max_new_tokens > longest:
-            raise Refusal(400, f"`max_tokens`: an answer has at most {longest:,} tokens here", param="max_tokens")
+            raise Refusal(400, f"`{param}`: an answer has at most {longest:,} tokens here", param=param)
         return Ticket(
             self.schedulers[model.name],
             answers_of(model.student, prompts, drawn, count),
