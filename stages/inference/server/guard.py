@@ -40,6 +40,7 @@ class Guard:
         # A page on the internet can point a name of its own at 127.0.0.1 and read, through its visitor's browser, what
         # answers there (DNS rebinding). Where no key keeps it out, the name in the request gives it away.
         self._local_only = settings.only_this_machine and settings.api_key is None
+        self._local_names = {*_LOCAL_NAMES, settings.host.lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,7 +61,7 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         headers, path = Headers(scope=scope), scope["path"]
-        if self._local_only and _name(headers.get("host", "")) not in _LOCAL_NAMES:
+        if self._local_only and _name(headers.get("host", "").lower()) not in self._local_names:
             return error_response(421, "this server answers to the name localhost only")
         if self._key is not None and path not in _OPEN and not path.startswith("/web/"):
             scheme, _, given = headers.get("authorization", "").partition(" ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,8 @@ def _listening(settings: ServerSettings) -> socket.socket:
         )[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
-        hint = "choose another one with --port" if error.errno else "name an address of this machine with --host"
+        of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        hint = "choose another one with --port" if of_port else "name an address of this machine with --host"
         raise StageError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", hint=hint) from error
 
 

@@ -42,7 +42,7 @@ class ServerSettings:
     @property
     def only_this_machine(self) -> bool:
         """Whether nobody else can reach the server."""
-        if self.host == "localhost":
+        if self.host.lower() == "localhost":
             return True
         try:
             return ipaddress.ip_address(self.host).is_loopback

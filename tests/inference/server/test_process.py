@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,7 +77,6 @@ def test_S2_a_drain_has_an_end(student_folder: Path, tmp_path: Path) -> None:
         (["no-such-run"], {}, "no-such-run has no final model yet"),
         (["UPPER={folder}"], {}, "'UPPER' cannot name a served model"),
         (["m={folder}", "m={folder}"], {}, "two models are called 'm'"),
-        (["m={folder}"], {"host": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid"),
         (["m={folder}"], {"port": 70_000}, "port must lie in"),
         (["m=absent"], {}, "no model in absent"),
     ],
@@ -88,3 +88,18 @@ def test_what_cannot_be_served_is_refused_before_anything_listens(
     with pytest.raises((PipelineError, StageError), match=said):
         serve([model.format(folder=student_folder) for model in models], lines.append, **options)
     assert lines == []
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])  # a name of nothing, another machine's address
+def test_an_address_that_is_not_here_is_refused_with_a_hint_at_the_host(student_folder: Path, host: str) -> None:
+    with pytest.raises(StageError, match=f"cannot listen on {host}") as refused:
+        serve([f"m={student_folder}"], pytest.fail, host=host)
+    assert refused.value.hint == "name an address of this machine with --host"
+
+
+def test_a_port_that_is_taken_is_refused_with_a_hint_at_the_port(student_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StageError, match=f"cannot listen on 127.0.0.1:{port}") as refused:
+            serve([f"m={student_folder}"], pytest.fail, port=port)
+    assert refused.value.hint == "choose another one with --port"
