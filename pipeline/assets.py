@@ -101,6 +101,14 @@ def corpus_file(source: str, emit: Emit) -> Path:
     return path
 
 
+def source_sha256(source: str) -> str | None:
+    """Of the JSONL of a text, which is not made for it; None where there is no such file now."""
+    if source.startswith(_DEMO):
+        return _chosen(TEXTS, source.removeprefix(_DEMO), "text").sha256
+    path = Path(source).expanduser()
+    return sha256_of(path) if path.is_file() else None
+
+
 def _demo_teacher(name: str, emit: Emit, download: Download) -> Path:
     pinned = _chosen(TEACHERS, name, "teacher")
     home = cache_folder() / "teachers" / f"{name}-{pinned.member_sha256[:12]}"

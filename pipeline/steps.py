@@ -13,6 +13,7 @@ from pipeline import launch
 from pipeline.assets import corpus_file, teacher_folder
 from pipeline.card import write_card
 from pipeline.errors import PipelineError, UsageError
+from pipeline.prepared import PROCESSED, prepared_corpus
 from pipeline.recipe import Recipe
 from pipeline.report import write_report
 from pipeline.run import RunFolder
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from stages.inference.generate import Generation
     from stages.teacher_cache.preflight import Check
 
-PROCESSED = Path("data/processed")
 _MOST_DEVICES = 64
 """To one copy of the teacher."""
 
@@ -46,7 +46,10 @@ def prepare(recipe: Recipe, run: RunFolder) -> PrepareReport:
 
 
 def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: str | None = None) -> Mapping[str, Any]:
-    """Stage one: run the teacher over data/processed into the run's shards or a set elsewhere; what is there stays."""
+    """Stage one: run the teacher over data/processed into the run's shards or a set elsewhere; what is there stays.
+
+    Raises PipelineError where data/processed is not what the recipe prepares.
+    """
     from pipeline.replicas import replicas
     from shards.storage import storage_at
     from shards.units import published_positions
@@ -56,9 +59,11 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: s
 
     with run.lock("teacher-cache"), listening(run.events) as emit:
         recipe = run.adopt(recipe)
-        corpus = _corpus_to_cache(recipe, run)
-        teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)
         storage = storage_at(place_of(run, shards))
+        corpus = prepared_corpus(recipe.corpus, storage, emit)
+        if recipe.respond.by:
+            corpus = _with_responses(run)
+        teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)
         before, start = published_positions(storage), time.monotonic()
         sizes = tensor_parallel_sizes(teacher, _MOST_DEVICES)
         with replicas(gpus, recipe.teacher.tensor_parallel, launch.machine(), sizes) as spread:
@@ -79,12 +84,10 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: s
         return dict(run.summary()["teacher_cache"])
 
 
-def _corpus_to_cache(recipe: Recipe, run: RunFolder) -> Corpus:
-    """data/processed, or what is made of it where responses are to be written first."""
+def _with_responses(run: RunFolder) -> Corpus:
+    """What is made of data/processed where responses are to be written first."""
     from stages.corpus.store import read_corpus
 
-    if not recipe.respond.by:
-        return read_corpus(PROCESSED)
     words = [sys.executable, "-m", "pipeline.responses", str(run.path), str(PROCESSED)]
     if subprocess.run(words, check=False).returncode:
         raise PipelineError(
@@ -107,14 +110,16 @@ def place_of(run: RunFolder, shards: str | None) -> Path | str:
 def plan_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: str | None = None) -> Iterator[Check]:
     """What stage one would do and need, without a change to the run; the teacher is fetched for it, but not loaded.
 
-    Raises UsageError where the devices asked for cannot work.
+    Raises UsageError where the devices asked for cannot work, PipelineError where the recipe prepares another corpus.
     """
     from pipeline.replicas import planned
-    from stages.corpus.store import read_corpus
+    from shards.storage import storage_at
     from stages.teacher_cache.preflight import preflight
     from stages.teacher_cache.teacher import tensor_parallel_sizes
 
-    corpus = read_corpus(PROCESSED)
+    storage = storage_at(place_of(run, shards))
+    with listening() as emit:
+        corpus = prepared_corpus(recipe.corpus, storage, emit)
     teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, silent)
     sizes = tensor_parallel_sizes(teacher, _MOST_DEVICES)
     yield from preflight(
@@ -122,7 +127,7 @@ def plan_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: str 
         teacher=recipe.teacher,
         cache=recipe.cache,
         teacher_folder=teacher,
-        target=place_of(run, shards),
+        target=storage,
         devices=planned(gpus, recipe.teacher.tensor_parallel, launch.machine(), sizes),
     )
 

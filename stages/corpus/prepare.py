@@ -94,10 +94,8 @@ def prepare(*, settings: CorpusSettings, source: Path, tokenizer_folder: Path, o
 
 
 def _inputs(settings: CorpusSettings, tokenizer_folder: Path) -> dict[str, Any]:
-    """What decides the outcome, beside the source's bytes; where the source lies does not."""
-    values = dataclasses.asdict(settings)
-    del values["source"]
-    return {"settings": values, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_folder)}
+    """What decides the outcome, beside the source's bytes."""
+    return {"settings": settings.deciding(), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_folder)}
 
 
 def _done_before(out: Path, inputs: Mapping[str, Any], source: Path, emit: Emit) -> PrepareReport | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,3 +33,9 @@ class CorpusSettings:
             raise ValueError(f"corpus.seed must be a whole number from 0, not {self.seed}")
         if self.min_score is not None and not math.isfinite(self.min_score):
             raise ValueError(f"corpus.min_score must be finite, not {self.min_score}")
+
+    def deciding(self) -> dict[str, Any]:
+        """All that decides the outcome beside the source's bytes; where the source lies does not."""
+        values = dataclasses.asdict(self)
+        del values["source"]
+        return values
