@@ -28,8 +28,8 @@ def choose(recipe: str | None, *, name: str | None, data: Path | None, overrides
     Without a recipe, a run that exists keeps its own; for a new run the machine decides. Raises UsageError for a bad
     name, key or value.
     """
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UsageError(f"{name!r} cannot name a run", hint="use letters, digits, '.', '_' and '-'")
+    if name is not None:
+        _require_name(name)
     why = "as asked"
     if recipe is None:
         recipe, why = _by_machine()
@@ -39,8 +39,15 @@ def choose(recipe: str | None, *, name: str | None, data: Path | None, overrides
     if data is not None:
         overrides = [*overrides, f"corpus.source={json.dumps(str(data.resolve()), ensure_ascii=False)}"]
     loaded = load(recipe, overrides)
-    run = RunFolder(RUNS / (name or loaded.name))
+    run = RunFolder(RUNS / _require_name(name or loaded.name))
     return Choice(recipe=loaded, run=run, why=f"recipe {loaded.name} ({why}), run {run.path}")
+
+
+def _require_name(name: str) -> str:
+    """`name`, where it cannot lead out of runs/."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UsageError(f"{name!r} cannot name a run", hint="give --name letters, digits, '.', '_' and '-'")
+    return name
 
 
 def _by_machine() -> tuple[str, str]:

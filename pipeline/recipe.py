@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -64,6 +65,8 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
+_TOML_WHOLE = 2**63
+"""Beyond it a whole number is none of TOML's."""
 _SECTION_TYPES: dict[str, type] = {
     name: kind for name, kind in typing.get_type_hints(Recipe).items() if kind is not str
 }
@@ -92,10 +95,12 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}", hint="correct the file; it must be TOML in UTF-8") from error
     name = raw.pop("name", path.stem)
+    _require_sections(raw, str(path))
     for override in overrides:
         section, key, value = _parse_override(override)
         raw.setdefault(section, {})[key] = value
-    return _build(str(name), raw, str(path))
+    sections = {section: _build_section(section, values, str(path)) for section, values in raw.items()}
+    return Recipe(name=str(name), **sections)
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:
@@ -103,21 +108,19 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
     section, dot, key = target.strip().partition(".")
     if not (equals and dot and key):
         raise UsageError(f"--set {text!r} is not of the form section.key=value", hint="e.g. --set distill.epochs=5")
+    _require_sections({section: {}}, f"--set {text!r}")
     try:
         return section, key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return section, key, value.strip()
 
 
-def _build(name: str, raw: Mapping[str, Any], where: str) -> Recipe:
-    sections: dict[str, Any] = {}
+def _require_sections(raw: Mapping[str, Any], where: str) -> None:
     for section, values in raw.items():
         if section not in _SECTION_TYPES:
             raise UsageError(f"{where}: unknown section [{section}]", hint=_suggest(section, SECTIONS))
         if not isinstance(values, Mapping):
             raise UsageError(f"{where}: {section} must be a section", hint=f"write it as [{section}]")
-        sections[section] = _build_section(section, values, where)
-    return Recipe(name=name, **sections)
 
 
 def _build_section(section: str, values: Mapping[str, Any], where: str) -> Any:
@@ -148,8 +151,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise UsageError(f"{where} must be a list, not {value!r}", hint="write it as [a, b, c]")
         return tuple(_convert(item, typing.get_args(kind)[0], where) for item in value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < _TOML_WHOLE:
         return float(value)
+    if type(value) is float and not math.isfinite(value):
+        raise UsageError(f"{where} must be finite, not {value}", hint="write a number")
     if type(value) is not kind:
         raise UsageError(f"{where} must be of type {kind.__name__}, not {value!r}", hint="see README.md, Recipes")
     return value

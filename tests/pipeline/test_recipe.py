@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.choose import choose
 from pipeline.errors import UsageError
 from pipeline.recipe import SECTIONS, load, shipped
 
@@ -55,6 +56,10 @@ def test_the_fingerprint_sees_every_value() -> None:
         ("distill.pca_init=1", "distill.pca_init"),
         ("cache.attention_depths=0.5", "cache.attention_depths"),
         ("distill.offload_parameters=true", ""),
+        ("distill.clip=inf", "distill.clip must be finite, not inf"),
+        ("distill.learning_rate=nan", "distill.learning_rate must be finite, not nan"),
+        ("cache.attention_depths=[0.5, inf]", "cache.attention_depths must be finite, not inf"),
+        (f"distill.learning_rate=1{'0' * 400}", "distill.learning_rate"),
         ("epochs=5", "epochs=5"),
         ("distill.epochs", "distill.epochs"),
     ],
@@ -65,6 +70,15 @@ def test_a_wrong_override_is_a_usage_error_that_names_the_key(override: str, nam
         load("smollm2-demo", overrides)
     assert named in str(caught.value)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("corpus = 3", "corpus must be a section"), ("corpse = 3", r"unknown section \[corpse\]")]
+)
+def test_what_is_no_section_is_refused_also_where_a_key_of_it_is_set(text: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(UsageError, match=named):
+        load(str(tmp_path / "mine.toml"), ["corpus.source=rows.jsonl"])
 
 
 def test_unknown_keys_get_the_nearest_known_one() -> None:
@@ -83,6 +97,15 @@ def test_a_missing_or_broken_recipe_file(tmp_path: Path) -> None:
     broken.write_bytes(b"name = '\xff'")
     with pytest.raises(UsageError, match=r"broken\.toml"):
         load(str(broken))
+
+
+def test_a_recipe_that_names_itself_out_of_runs_needs_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "../../elsewhere"')
+    with pytest.raises(UsageError, match=r"'\.\./\.\./elsewhere' cannot name a run") as caught:
+        choose(str(path), name=None, data=None, overrides=())
+    assert "--name" in caught.value.hint
+    assert choose(str(path), name="mine", data=None, overrides=()).run.path == Path("runs/mine")
 
 
 def test_every_section_of_a_recipe_can_be_set() -> None:
