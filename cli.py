@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -64,36 +63,19 @@ def options(
         os.environ["MINICODFORMER_DEBUG"] = "1"
 
 
-def _explain(error: Exception) -> int:
-    """Print what went wrong and what to do about it; the exit code is 2 for usage, 1 for everything else."""
-    from pipeline.errors import UsageError
-
-    if os.environ.get("MINICODFORMER_DEBUG"):
-        traceback.print_exception(error)
-    typer.echo(f"error: {error}", err=True)
-    if hint := getattr(error, "hint", _HINTS.get(getattr(error, "errno", None), "")):
-        typer.echo(f"hint: {hint}", err=True)
-    return 2 if isinstance(error, UsageError) else 1
-
-
-_HINTS: dict[int | None, str] = {
-    errno.ENOSPC: "make room on the disk and run the same command again; what was finished is kept",
-    errno.EDQUOT: "free some of your quota and run the same command again; what was finished is kept",
-    errno.EACCES: "check who owns the file or folder",
-}
-
-
 def main() -> None:
     """Run the command line; our own errors become `error:` and `hint:` lines instead of tracebacks."""
-    from pipeline.errors import PipelineError
-    from shards.errors import ShardError
-    from stages.errors import StageError
+    from pipeline.explanation import EXPLAINED, exit_code, explained
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its start-up remarks are not the user's business
     try:
         app()
-    except (PipelineError, StageError, ShardError, OSError) as error:
-        sys.exit(_explain(error))
+    except EXPLAINED as error:
+        if os.environ.get("MINICODFORMER_DEBUG"):
+            traceback.print_exception(error)
+        for line in explained(error):
+            typer.echo(line, err=True)
+        sys.exit(exit_code(error))
     except SystemExit as stop:
         if stop.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             typer.echo("stopped; run the same command again to go on", err=True)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Unpack
 
+from pipeline.asking import UNANSWERABLE, require_sampling
+from pipeline.errors import as_usage
 from pipeline.run import RunFolder
 from pipeline.steps import require_model, silence_loading_bars
 
@@ -25,13 +27,14 @@ def converse(
 ) -> None:
     """Answer each turn through `write`, in pieces as they come, or as one line of JSON when the answer is whole.
 
-    `/reset` forgets what was said, `/quit` ends, an empty turn says nothing. Raises PipelineError where the run has no
-    model.
+    `/reset` forgets what was said, `/quit` ends, an empty turn says nothing. Raises UsageError for options or a
+    turn that mean nothing, PipelineError where the run has no model.
     """
     from stages.corpus.rows import Message
     from stages.inference.generate import Student
 
     require_model(run)
+    require_sampling(options)
     silence_loading_bars()
     student, said = Student.load(run.final_model), list[Message]()
     for turn in (line.strip() for line in turns):
@@ -42,7 +45,9 @@ def converse(
         elif turn:
             said.append(Message(role="user", content=turn))
             pieces = []
-            for text in student.stream(said, **options):
+            with as_usage(UNANSWERABLE):
+                answering = student.stream(said, **options)
+            for text in answering:
                 pieces.append(text)
                 if not as_json:
                     write(text)

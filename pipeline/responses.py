@@ -13,10 +13,10 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.assets import teacher_folder
+from pipeline.explanation import EXPLAINED, exit_code, explained
 from pipeline.recipe import Recipe
 from pipeline.run import RunFolder
 from pipeline.sinks import listening
-from shards.errors import ShardError
 from stages.corpus.store import Corpus, read_corpus
 from stages.errors import StageError
 from stages.events import Emit
@@ -74,16 +74,15 @@ def _author(recipe: Recipe, corpus: Corpus, teacher: Path) -> tuple[str, Callabl
 
 def main() -> None:
     run, processed = RunFolder(Path(sys.argv[1])), Path(sys.argv[2])
-    recipe = run.recipe()
     disable_progress_bar()  # of transformers, for a moment's reading
     try:
         with listening(run.events) as emit:
+            recipe = run.recipe()
             teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)
             write_responses(recipe, read_corpus(processed), teacher, run.responses, emit)
-    except (StageError, ShardError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        print(f"hint: {error.hint}", file=sys.stderr)  # noqa: T201
-        sys.exit(1)
+    except EXPLAINED as error:
+        print(*explained(error), sep="\n", file=sys.stderr)  # noqa: T201
+        sys.exit(exit_code(error))
 
 
 if __name__ == "__main__":

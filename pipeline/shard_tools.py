@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import figures
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, as_usage
 from pipeline.inspection import location
 from pipeline.sinks import listening
 from shards.contract import Selection
@@ -23,7 +23,7 @@ def export(place: str, target: Path, *, kind: str) -> list[str]:
     if kind not in FORMATS:
         raise UsageError(f"no format {kind!r}", hint=f"there is --to {', '.join(FORMATS)}")
     source = location(place)
-    with _told("export-shards") as progress, _usage("give an empty or a new folder"):
+    with _told("export-shards") as progress, as_usage("give an empty or a new folder"):
         report = export_parquet(source, target, progress=progress)
     kept = report.files - report.written
     there = f", {kept} of them there before" if kept else ""
@@ -35,7 +35,7 @@ def export(place: str, target: Path, *, kind: str) -> list[str]:
 def merge(places: Sequence[str], target: str) -> list[str]:
     """Make one set of several. Raises UsageError where a sample is in two of them."""
     sources = [location(place) for place in places]
-    with _told("merge") as progress, _usage("merge sets of different corpora, each named once"):
+    with _told("merge") as progress, as_usage("merge sets of different corpora, each named once"):
         manifest = merge_sets(sources, target, progress=progress)
     return [_made("merged", manifest, target)]
 
@@ -43,7 +43,7 @@ def merge(places: Sequence[str], target: str) -> list[str]:
 def copy(place: str, target: str) -> list[str]:
     """Make the same set in another place."""
     source = location(place)
-    with _told("copy-shards") as progress, _usage("give a folder, an s3:// or a gs:// URL"):
+    with _told("copy-shards") as progress, as_usage("give a folder, an s3:// or a gs:// URL"):
         manifest = copy_set(source, target, progress=progress)
     return [_made("copied", manifest, target)]
 
@@ -51,7 +51,7 @@ def copy(place: str, target: str) -> list[str]:
 def reselect(place: str, target: str, *, k: int, mass: float | None, floor: float | None) -> list[str]:
     """Make a set that keeps fewer ids. Raises UsageError for a selection that the source does not hold."""
     source = location(place)
-    with _told("reselect") as progress, _usage("a set can only lose ids: fewer k, less mass, a higher floor"):
+    with _told("reselect") as progress, as_usage("a set can only lose ids: fewer k, less mass, a higher floor"):
         kind = "topk" if mass is None and floor is None else "adaptive"
         selection = Selection(kind=kind, k=k, mass=1.0 if mass is None else mass, floor=floor or 0.0)
         manifest = reselect_set(source, target, selection, progress=progress)
@@ -66,7 +66,7 @@ def import_cache(dump: Path, target: str, *, teacher: str, k: int, thinking: boo
 
     if not dump.exists():
         raise UsageError(f"no dump {dump}", hint="name a file with one JSON object a line, or DistillKit's folder")
-    with listening() as emit, _usage("fewer --k than the vocabulary has ids"):
+    with listening() as emit, as_usage("fewer --k than the vocabulary has ids"):
         folder = teacher_folder(teacher, None, emit)
 
         def told(done: int, total: int) -> None:
@@ -100,11 +100,3 @@ def _told(verb: str) -> Iterator[Callable[[int, int], None]]:
     """Progress in records."""
     with listening() as emit:
         yield lambda done, total: emit(Progress(stage=verb, done=done, total=total, unit="records"))
-
-
-@contextmanager
-def _usage(hint: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(str(error), hint=hint) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ from stages.events import silent
 if TYPE_CHECKING:
     from stages.corpus.prepare import PrepareReport
     from stages.corpus.store import Corpus
-    from stages.inference.generate import Generation
     from stages.teacher_cache.preflight import Check
 
 _MOST_DEVICES = 64
@@ -89,8 +88,10 @@ def _with_responses(run: RunFolder) -> Corpus:
     from stages.corpus.store import read_corpus
 
     words = [sys.executable, "-m", "pipeline.responses", str(run.path), str(PROCESSED)]
-    if subprocess.run(words, check=False).returncode:
-        raise PipelineError(
+    code = subprocess.run(words, check=False).returncode
+    if code:
+        failure = UsageError if code == 2 else PipelineError
+        raise failure(
             "the responses could not be written", hint="the error is above; run the same command again to go on"
         )
     return read_corpus(run.responses)
@@ -173,26 +174,6 @@ def shards_of(run: RunFolder, shards: str | None) -> Path | str:
     if not folder.is_dir():
         raise PipelineError(f"no shards in {folder}", hint="run make teacher-cache first, or name a set with SHARDS=…")
     return folder
-
-
-def generate(run: RunFolder, prompts: Sequence[str], **sampling: Any) -> list[Generation]:
-    """Answer prompts with the run's student."""
-    from stages.inference.generate import Student
-
-    require_model(run)
-    silence_loading_bars()
-    return Student.load(run.final_model).generate(prompts, **sampling)
-
-
-def prompts_of(file: Path) -> list[str]:
-    """The lines of a file that are not blank. Raises UsageError where there is none, or where it is not text."""
-    try:
-        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text: {error}", hint="name a text file with a prompt a line") from error
-    if not prompts:
-        raise UsageError(f"{file} holds no prompt", hint="write a prompt a line")
-    return prompts
 
 
 def newest_run(root: Path = Path("runs")) -> RunFolder:

@@ -36,11 +36,17 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt, or every line of a file, with the student."""
-    from pipeline import steps
+    from pipeline import asking
+    from pipeline.errors import UsageError
     from pipeline.json_output import json_text
 
-    prompts = [sys.stdin.read() if prompt is None else prompt] if file is None else steps.prompts_of(file)
-    answers = steps.generate(
+    if prompt is not None and file is not None:
+        raise UsageError("a prompt and --file cannot both be given", hint="leave one of them out")
+    if file is not None:
+        prompts = asking.prompts_of(file)
+    else:
+        prompts = [asking.text_of(sys.stdin.read if prompt is None else lambda: prompt)]
+    answers = asking.generate(
         finished_run(name), prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     if as_json:
@@ -89,7 +95,10 @@ def compare(
     From the shards, without the teacher: the response coloured by KL, and what either side would have said.
     """
     from pipeline.compare import compare as compare_run
+    from pipeline.errors import UsageError
 
+    if page is not None and as_json:
+        raise UsageError("--html and --json cannot both be given", hint="leave one of them out")
     run = finished_run(name)
     print_lines(compare_run(run, shards=shards, split=split, record=record, page=page, as_json=as_json))
 
@@ -157,8 +166,10 @@ def export_model(
 
 
 def _turns() -> Iterator[str]:
+    from pipeline.asking import text_of
+
     while True:
         try:
-            yield input("> " if sys.stdin.isatty() else "")
+            yield text_of(lambda: input("> " if sys.stdin.isatty() else ""))
         except EOFError:
             return

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.asking import generate, prompts_of, text_of
 from pipeline.conversation import converse
 from pipeline.errors import PipelineError, UsageError
 from pipeline.run import RunFolder
-from pipeline.steps import prompts_of
 from stages.corpus.rows import Message
+from stages.corpus.tokenizer import ChatTokenizer, RefusedByTemplate
 from stages.inference.generate import SamplingOptions, Student
 
 DRAWN: SamplingOptions = {"max_new_tokens": 9, "temperature": 1.0, "seed": 4}
@@ -60,6 +61,45 @@ def test_a_file_that_holds_no_prompts_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="not UTF-8"):
         prompts_of(file)
+
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        prompts_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.0}, {"seed": -1}, {"seed": 10**20}, {"temperature": float("inf")}, {"temperature": float("nan")}],
+)
+def test_options_that_mean_nothing_are_refused_before_a_model_is_read(
+    options: SamplingOptions, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Student, "load", lambda *_: pytest.fail("the model was read"))
+    for ask in (
+        lambda: generate(RunFolder(finished_run), ["one"], **options),
+        lambda: converse(RunFolder(finished_run), ["one"], print, **options),
+    ):
+        with pytest.raises(UsageError, match=next(iter(options))) as caught:
+            ask()
+        assert caught.value.hint
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    assert text_of(lambda: "多少？") == "多少？"
+    for read in (b"\xff".decode, lambda: os.fsdecode(b"\xff")):
+        with pytest.raises(UsageError, match="not UTF-8 text"):
+            text_of(read)
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_a_usage_error(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RefusedByTemplate("roles must alternate")
+
+    monkeypatch.setattr(ChatTokenizer, "encode_prompts", refuse)
+    for ask in (lambda: generate(RunFolder(finished_run), ["one"]), lambda: said(finished_run, "one")):
+        with pytest.raises(UsageError, match="refuses this prompt: roles must alternate"):
+            ask()
 
 
 def test_the_command_line_answers_a_file_as_json_and_a_pipe_turn_by_turn(finished_run: Path) -> None:
