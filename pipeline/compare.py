@@ -26,6 +26,8 @@ def compare(
     from stages.inference.generate import Student
 
     require_model(run)
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise UsageError(f"no page can be written to {page}", hint="name a file in a folder that is there")
     silence_loading_bars()
     shard_set = ShardSet(shards_of(run, shards))
     if split not in shard_set.splits:

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.launch import default_ranks, machine
+from pipeline.launch import check_ranks, default_ranks, machine
+from pipeline.recipe import load
 from pipeline.run import RunFolder
 from pipeline.summary import demo_lines
 
@@ -22,15 +23,18 @@ _CLI = Path(__file__).resolve().parent.parent / "cli.py"
 def run_demo(name: str, gpus: int | None) -> list[str]:
     """Run every verb of the main job; return the lines of the closing summary.
 
-    Raises PipelineError naming the verb that failed; its own error lines stand above.
+    Raises UsageError for a count of ranks that cannot work, before anything is fetched, and PipelineError naming the
+    verb that failed; its own error lines stand above.
     """
     start = time.monotonic()
     chosen = ["--recipe", RECIPE, "--name", name]
-    ranks = str(gpus or default_ranks(machine()))
+    here = machine()
+    ranks = default_ranks(here) if gpus is None else gpus
+    check_ranks(ranks, here, load(RECIPE).distill.global_batch)
     for words in (
         ["prepare", *chosen],
         ["teacher-cache", *chosen],
-        ["distill", *chosen, "--gpus", ranks],
+        ["distill", *chosen, "--gpus", str(ranks)],
         ["evaluate", "--name", name],
     ):
         print(f"\n$ cli.py {' '.join(words)}", flush=True)  # noqa: T201

@@ -24,8 +24,11 @@ def inspect_shard(
     Its contract, sizes by part, coverage, entropy and checksums; with --sample, one sample's text and, at some of its
     positions, the teacher's alternatives and what it attended to.
     """
+    from pipeline.errors import UsageError
     from pipeline.inspection import inspection_lines
 
+    if positions and sample is None:
+        raise UsageError("--position shows a token of a sample", hint="name the sample too: --sample 0")
     print_lines(inspection_lines(path, sample=sample, positions=positions, as_json=as_json))
 
 
@@ -89,6 +92,10 @@ def estimate(
     from pipeline.estimate import estimate as tell
     from pipeline.plan import Assumptions, told
 
+    given = {"a shard set": path, "--positions": positions, "--rate": rate, "--price": price}
+    unused = [name for name, value in given.items() if value is not None]
+    if plan and unused:
+        raise UsageError(f"--plan does not take {' or '.join(unused)}", hint="leave out either")
     if plan:
         print_lines(told(Assumptions(peak=peak, utilisation=utilisation, store=store), as_json=as_json))
     elif path is None or positions is None:

@@ -46,6 +46,12 @@ def test_help_names_every_verb_and_imports_nothing_heavy(cli) -> None:  # type: 
         (["evaluate", "--name", "absent"], 1, "no final model"),
         (["inspect-shard", "absent.arrow"], 1, "absent.arrow"),
         (["verify-shards", "absent"], 1, "absent"),
+        (["demo", "--gpus", "0"], 2, "GPUS=0 does not divide"),
+        (["generate", "--file", "absent.txt"], 2, "absent.txt cannot be read"),
+        (["generate", "one", "--file", "prompts.txt"], 2, "a prompt and --file cannot both be given"),
+        (["compare", "--json", "--html", "page.html"], 2, "--html and --json cannot both be given"),
+        (["inspect-shard", "shards", "--position", "3"], 2, "--position shows a token of a sample"),
+        (["estimate", "shards", "--plan", "--rate", "5"], 2, "--plan does not take a shard set or --rate"),
     ],
 )
 def test_bad_input_is_one_clear_line_with_what_to_do(cli, words: list[str], code: int, said: str) -> None:  # type: ignore[no-untyped-def]

@@ -79,7 +79,7 @@ def test_a_set_that_was_begun_with_this_corpus_goes_on_though_its_rows_have_chan
 
 def test_stage_one_and_its_plan_ask_before_anything_is_fetched() -> None:
     recipe, run = load("smollm2-demo", ["corpus.source=rows.jsonl", "teacher.model=/nowhere"]), RunFolder(Path("r"))
-    with pytest.raises(PipelineError, match="corpus.train_size"):
+    with pytest.raises(PipelineError, match=r"corpus\.train_size"):
         list(plan_cache(recipe, run, gpus=None))
-    with pytest.raises(PipelineError, match="corpus.train_size"):
+    with pytest.raises(PipelineError, match=r"corpus\.train_size"):
         teacher_cache(recipe, run, gpus=None)
