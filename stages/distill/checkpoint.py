@@ -16,12 +16,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from stages.distill.engine import MOMENTS, TrainingState
@@ -70,12 +69,12 @@ class CheckpointFolder:
         folder = self.path / f"step-{milestone.step:08d}"
         try:
             self._publish(folder, milestone, state)
+            self._remove_old(folder, keep)
         except (OSError, SafetensorError) as error:
             raise StageError(
-                f"checkpoint {folder} could not be written: {error}",
-                hint="make room, then run again: training goes on from the checkpoint before",
+                f"checkpoint {folder} could not be written, or those before it not removed: {error}",
+                hint="make room, then run again: training goes on from the newest checkpoint that is whole",
             ) from error
-        self._remove_old(keep)
 
     def newest(self, emit: Emit) -> tuple[Milestone, TrainingState] | None:
         """The newest checkpoint that is whole; None where there is none.
@@ -123,8 +122,9 @@ class CheckpointFolder:
             path for path in self.path.iterdir() if _NAME.fullmatch(path.name) and (path / _MANIFEST).is_file()
         )
 
-    def _remove_old(self, keep: int) -> None:
-        folders = self._folders()
+    def _remove_old(self, saved: Path, keep: int) -> None:
+        """What stands above the one just saved was passed over as damaged: it is neither new nor the best."""
+        folders = [folder for folder in self._folders() if folder <= saved and _seems_whole(folder)]
         kept = {*folders[-keep:], *_best(folders)}
         for folder in self.path.iterdir():
             if _NAME.fullmatch(folder.name) and folder not in kept:
@@ -144,13 +144,19 @@ class CheckpointFolder:
 
 def _best(folders: Iterable[Path]) -> list[Path]:
     """The checkpoint with the lowest validation KL, if any was measured."""
-    measured = []
-    for folder in folders:
-        with suppress(_DamagedError):
-            kl = _read_manifest(folder)["milestone"]["validation_kl"]
-            if kl is not None:
-                measured.append((kl, folder))
+    found = [(_read_manifest(folder)["milestone"]["validation_kl"], folder) for folder in folders]
+    measured = [(kl, folder) for kl, folder in found if kl is not None]
     return [min(measured)[1]] if measured else []
+
+
+def _seems_whole(folder: Path) -> bool:
+    """Whether the manifest is whole and the tensors have their length: what is known without reading them all."""
+    try:
+        _read_manifest(folder)
+        with safe_open(folder / _TENSORS, "pt"):
+            return True
+    except (_DamagedError, OSError, SafetensorError):
+        return False
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
