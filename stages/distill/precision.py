@@ -22,7 +22,8 @@ def resolve_precision(asked: str, device: torch.device) -> tuple[str, str]:
     if asked != "auto":
         return asked, "as the recipe says"
     if device.type == "cuda":
-        return ("bf16", "this GPU multiplies it") if torch.cuda.is_bf16_supported() else ("fp32", "no bf16 on this GPU")
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "this GPU multiplies it") if native else ("fp32", "this GPU does not multiply bf16")
     if torch.cpu._is_amx_tile_supported():
         return "bf16", "this CPU has matrix tiles for it"
     return "fp32", "this CPU has no matrix tiles for bf16"

@@ -199,13 +199,22 @@ def test_an_installed_vllm_loads_the_plugin_in_every_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cuda", "tiles", "expected"), [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")]
+    ("cuda", "tiles", "expected"),
+    [
+        ("native", False, "bfloat16"),
+        ("emulated", False, "float16"),
+        ("", True, "bfloat16"),
+        ("", False, "float32"),
+    ],
 )
 def test_auto_takes_half_precision_where_there_are_matrix_units(
-    monkeypatch: pytest.MonkeyPatch, recorded_teacher: Path, cuda: bool, tiles: bool, expected: str
+    monkeypatch: pytest.MonkeyPatch, recorded_teacher: Path, cuda: str, tiles: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    def supported(including_emulation: bool = True) -> bool:
+        return cuda == "native" or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
     assert resolve_dtype("auto", recorded_teacher) == expected
     assert resolve_dtype("float16", recorded_teacher) == "float16"

@@ -144,7 +144,7 @@ def resolve_dtype(asked: str, teacher_folder: Path) -> str:
     if asked != "auto":
         return asked
     if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     narrow = torch.cpu.get_capabilities().get("amx_bf16") or read_facts(teacher_folder).quantisation
     return "bfloat16" if narrow else "float32"
 
