@@ -22,7 +22,7 @@ from stages.distill.batches import teacher_rows
 from stages.distill.losses.cross_entropy import cross_entropy
 from stages.distill.losses.fused import RowObjective, rows_from_logits
 from stages.distill.losses.rows import TeacherRows, plain
-from stages.distill.losses.table import LOSSES, require_supported
+from stages.distill.losses.table import LOSSES, distillation_term, require_supported
 from stages.distill.settings import ObjectiveSettings
 
 NOT_TRAINED = -100
@@ -43,10 +43,12 @@ class Distillation(Dataset[Record]):
             raise ValueError("temperatures and weights that change from step to step need this project's own training")
         self.contract = shard_set.contract
         self._records = shard_set.split(split)
-        loss = LOSSES[settings.kd]
         self._what = RowObjective(
-            terms=((loss.build(settings), settings.kd_weight), (plain(cross_entropy), settings.ce_weight)),
-            hard_negatives=settings.hard_negatives if loss.hard_negatives else 0,
+            terms=(
+                (distillation_term(settings, shard_set.contract), settings.kd_weight),
+                (plain(cross_entropy), settings.ce_weight),
+            ),
+            hard_negatives=settings.hard_negatives if LOSSES[settings.kd].hard_negatives else 0,
         )
 
     def __len__(self) -> int:

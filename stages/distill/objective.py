@@ -25,8 +25,8 @@ from stages.distill.losses.cross_entropy import cross_entropy
 from stages.distill.losses.fused import RowObjective, fused_rows
 from stages.distill.losses.hard_negatives import hard_mass, hard_share
 from stages.distill.losses.partition import tempered_teacher
-from stages.distill.losses.rows import Rows, StudentRows, TeacherRows, plain, where_unsure
-from stages.distill.losses.table import LOSSES, require_supported, yardstick
+from stages.distill.losses.rows import Rows, StudentRows, TeacherRows, plain
+from stages.distill.losses.table import LOSSES, distillation_term, require_supported, yardstick
 from stages.distill.schedules import attention_factor, weight_factor
 from stages.distill.settings import ObjectiveSettings
 from stages.distill.temperature import SCORES, Difficulty, base_temperature, count_scores, row_temperatures
@@ -157,16 +157,13 @@ class DistillModule(nn.Module):
     def _row_objective(self, emphasis: Emphasis) -> RowObjective:
         """Terms in the order of SUMS, then the histogram of scores."""
         settings, negatives = self._settings, self._loss.hard_negatives
-        kd = self._loss.build(settings) if settings.kd_weight else yardstick(self._contract)
-        if settings.least_entropy:
-            kd = where_unsure(kd, settings.least_entropy)
         kept = _kept if self._contract.selection.logprobs else _nothing
         shares = (hard_share, hard_mass) if negatives else (_nothing, _nothing)
         measured = [yardstick(self._contract), kept, _temperature, *shares, *([self._count] if self._score else [])]
         tempers = bool(settings.kd_weight) and (self._score is not None or emphasis.temperature > 1)
         return RowObjective(
             terms=(
-                (kd, emphasis.kd),
+                (distillation_term(settings, self._contract), emphasis.kd),
                 (plain(cross_entropy), emphasis.ce),
                 *((measure, 0.0) for measure in measured),
             ),
@@ -214,6 +211,8 @@ def told_names(settings: ObjectiveSettings, contract: Contract) -> list[str]:
         silent |= {"temperature"}
     if not LOSSES[settings.kd].hard_negatives:
         silent |= {"hard_share", "hard_mass"}
+    if contract.attention is None or not settings.attention_weight:
+        silent |= {"attention"}
     if contract.attention is None or contract.attention.rows != "all" or not settings.encoder_weight:
         silent |= {"encoder"}
     return [name for name in SUMS if name not in silent]

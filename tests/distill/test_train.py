@@ -319,6 +319,8 @@ def test_shards_without_attention_or_validation_are_enough(
     ]
     assert outcome.result.finished
     assert outcome.result.validation is None
+    (told,) = [event.values for event in outcome.events if isinstance(event, Metric)]
+    assert told.keys().isdisjoint({"attention", "encoder"}), "a term that nothing looked at is no 0"
 
 
 def test_given_time_the_loss_falls_far_below_its_start(train_here: TrainHere, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from stages.distill.losses.divergences import (
     total_variation,
 )
 from stages.distill.losses.hard_negatives import water_filled_kl
-from stages.distill.losses.rows import RowLoss, plain, tempered
+from stages.distill.losses.rows import RowLoss, plain, tempered, where_unsure
 from stages.distill.losses.sampled import sampled_kl
 from stages.distill.settings import ObjectiveSettings
 from stages.errors import SettingError
@@ -68,6 +68,14 @@ def yardstick(contract: Contract) -> RowLoss:
     if not contract.selection.logprobs:
         return plain(sampled_kl)
     return plain(tail_bucket_kl if contract.selection.tail_known else topk_kl_renormalised)
+
+
+def distillation_term(settings: ObjectiveSettings, contract: Contract) -> RowLoss:
+    """The KD of the objective: the loss that it names, where the teacher is not too sure; unweighted, the yardstick."""
+    if settings.kd_weight == 0:
+        return yardstick(contract)
+    loss = LOSSES[settings.kd].build(settings)
+    return where_unsure(loss, settings.least_entropy) if settings.least_entropy else loss
 
 
 _OTHER_LOSS = "set objective.kd to one of them; docs/objective.md says what each needs"
