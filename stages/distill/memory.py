@@ -11,14 +11,21 @@ import torch
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def free_host_bytes() -> int:
+def free_host_bytes(cgroup: Path = _CGROUP) -> int:
     """What the machine can still give, or the container that this process is in, whichever is less."""
     available: int = psutil.virtual_memory().available
     try:
-        limit, used = ((_CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return available if limit == "max" else min(available, int(limit) - int(used))
+        limit, used = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        free = available if limit == "max" else int(limit) - int(used) + _idle_file_bytes(cgroup)
     except (OSError, ValueError):
         return available
+    return max(0, min(available, free))
+
+
+def _idle_file_bytes(cgroup: Path) -> int:
+    """Counted as used, but only what was read from files: the kernel drops it where memory is asked for."""
+    counts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    return int(counts.get("inactive_file", 0))
 
 
 def free_device_bytes(device: torch.device) -> int:
