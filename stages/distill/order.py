@@ -76,7 +76,7 @@ def tiled(records: Indices, lengths_N2: Indices, size: int) -> Indices:
 class TrainingOrder:
     """The steps of a run over `lengths_N2.shape[0]` records, for a world of any size.
 
-    Raises SettingError where the records do not fill a global batch.
+    Raises SettingError where the records do not fill a global batch, or where some are to be mined and fill only one.
     """
 
     def __init__(
@@ -94,6 +94,11 @@ class TrainingOrder:
             raise SettingError(
                 f"{count} records do not fill a global batch of {global_batch}",
                 hint=f"set distill.global_batch = {count} or lower, or cache more records",
+            )
+        if mining_share and count < 2 * global_batch:
+            raise SettingError(
+                f"distill.mining_share: an epoch needs two steps; {count} records fill one, of {global_batch}",
+                hint=f"lower distill.global_batch to {count // 2} or less, or set distill.mining_share = 0",
             )
         self.lengths_N2 = lengths_N2
         """Tokens of each record: prompt, response."""

@@ -25,6 +25,7 @@ from stages.distill.objective import SUMS, DistillModule
 from stages.distill.order import Indices, TrainingOrder, share_of_rank
 from stages.distill.settings import DistillSettings, ObjectiveSettings
 from stages.distill.start import fresh_student
+from stages.errors import SettingError
 from stages.events import Metric
 from stages.student.shape import StudentShape
 
@@ -86,7 +87,7 @@ def test_an_epoch_holds_the_hardest_twice_and_leaves_out_the_easiest_that_did_no
 
 
 @given(
-    records=st.integers(7, 80),
+    records=st.integers(14, 80),
     share=st.floats(0, 0.25),
     global_batch=st.integers(1, 7),
     bucket_batches=st.integers(1, 5),
@@ -109,6 +110,13 @@ def test_whatever_is_hard_no_record_is_left_out_twice_in_a_row_and_no_batch_hold
         for batch in batches:
             difficulty.observe(np.array(batch), rng.lognormal(0, 1, len(batch)))
         difficulty.begin_epoch(visits_R == 0)
+
+
+def test_an_epoch_of_one_step_has_no_halves_to_mine_in() -> None:
+    assert make_order(11, share=0.0).steps_per_epoch == 1
+    with pytest.raises(SettingError, match="an epoch needs two steps; 11 records fill one, of 6") as refused:
+        make_order(11, share=0.25)
+    assert refused.value.hint == "lower distill.global_batch to 5 or less, or set distill.mining_share = 0"
 
 
 def test_the_share_that_was_asked_for_is_repeated_and_the_first_epoch_is_as_without() -> None:
