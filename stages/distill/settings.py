@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
@@ -44,6 +45,7 @@ class ObjectiveSettings:
     """Above it a cached head says little: k = 64 kept less than half of the tempered KL at T = 2."""
 
     def __post_init__(self) -> None:
+        _require_finite("objective", self)
         for name in ("kd_weight", "ce_weight", "attention_weight", "encoder_weight", "kd_final", "ce_final"):
             if getattr(self, name) < 0:
                 raise ValueError(f"objective.{name} must not be negative")
@@ -67,6 +69,14 @@ class ObjectiveSettings:
     def tempers(self) -> bool:
         """Whether any position is ever compared at a temperature other than 1."""
         return self.temperature > 1 or self.temperature_mode in ("entropy", "adaptive")
+
+
+def _require_finite(section: str, settings: Any) -> None:
+    """NaN passes every comparison that refuses a number, so it is refused first."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{section}.{item.name} must be a finite number, not {value}")
 
 
 MOST_MINED = 0.25
@@ -119,6 +129,7 @@ class DistillSettings:
     `answer_seconds` says for how long."""
 
     def __post_init__(self) -> None:
+        _require_finite("distill", self)
         for name in _COUNTS:
             if getattr(self, name) != AUTO and getattr(self, name) < 1:
                 raise ValueError(f"distill.{name} must be at least 1")
@@ -132,8 +143,15 @@ class DistillSettings:
             raise ValueError("distill.offload_optimizer needs zero_stage 1, 2 or 3")
         if self.precision not in ("auto", "bf16", "fp16", "fp32"):
             raise ValueError("distill.precision must be auto, bf16, fp16 or fp32")
-        if self.learning_rate <= 0 or self.clip <= 0:
-            raise ValueError("distill.learning_rate and distill.clip must be above 0")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"distill.seed must be a whole number from 0, not {self.seed}")
+        for name in ("learning_rate", "embedding_rate", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"distill.{name} must be above 0")
+        if self.weight_decay < 0:
+            raise ValueError("distill.weight_decay must not be negative")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError("distill.beta2 must lie between 0 and 1, without 1")
         if not 0 <= self.mining_share <= MOST_MINED:
             raise ValueError(f"distill.mining_share must lie between 0 and {MOST_MINED}")
         if self.mining_share and self.epochs < 2:

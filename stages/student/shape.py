@@ -30,6 +30,12 @@ class StudentShape:
     """Width of a factorised embedding; absent, the embedding is [V, hidden_size]."""
 
     def __post_init__(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"student.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("ode_unfolds", "ncp_seed"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"student.{name} must be a whole number from 0, not {getattr(self, name)}")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"student.hidden_size {self.hidden_size} must be a multiple of 2 x heads {self.heads}")
         if not 0.1 <= self.ncp_sparsity < 1:
@@ -37,3 +43,14 @@ class StudentShape:
         for name, known in (("recurrence", RECURRENCES), ("wiring", WIRINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"student.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+
+
+_COUNTS = (
+    "hidden_size",
+    "encoder_layers",
+    "decoder_layers",
+    "heads",
+    "intermediate_size",
+    "conv_kernel",
+    "embedding_rank",
+)
