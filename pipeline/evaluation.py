@@ -108,6 +108,7 @@ def evaluate_rows(run: RunFolder, source: Path, *, teacher: bool = False) -> Map
 
     An answer is exact where its last line is the row's. Raises StageError for a file without a usable row.
     """
+    import stages.student.model  # noqa: F401  Known to transformers before it meets a student's folder.
     from stages.corpus.chat import read_thinking
     from stages.corpus.unseen import read_unseen
     from stages.distill.own_text import evaluate_text

@@ -57,7 +57,7 @@ def list_runs(root: Path) -> list[RunFacts]:
     """Every run under `root`, the newest first. A folder without recipe and events is no run."""
     folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     runs = [RunFolder(path) for path in folders if not path.name.startswith(".")]
-    facts = [run_facts(run) for run in runs if run.recipe_file.is_file() or run.events.is_file()]
+    facts = [run_facts(run) for run in runs if _is_run(run)]
     return sorted(facts, key=lambda run: (run.state == "running", run.updated or 0.0, run.name), reverse=True)
 
 
@@ -96,11 +96,15 @@ def find_run(name: str | None, root: Path = Path("runs")) -> RunFolder:
         if not runs:
             raise PipelineError(f"no run under {root.resolve()}", hint="start one: make demo, or make teacher-cache")
         return RunFolder(Path(runs[0].path))
-    run = next((RunFolder(path) for path in (root / name, Path(name)) if path.is_dir()), None)
+    run = next((run for run in (RunFolder(root / name), RunFolder(Path(name))) if _is_run(run)), None)
     if run is None:
         known = ", ".join(facts.name for facts in list_runs(root)) or "none"
         raise PipelineError(f"no run {name!r} under {root.resolve()}", hint=f"there is {known}")
     return run
+
+
+def _is_run(run: RunFolder) -> bool:
+    return run.recipe_file.is_file() or run.events.is_file()
 
 
 def run_lines(runs: Sequence[RunFacts], now: float | None = None) -> list[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from shards.manifest import begin, seal
 from shards.reader import ShardSet
 from shards.writer import write_shard
 from stages.distill.evaluate import evaluate_model
+
+CLI = Path(__file__).resolve().parent.parent.parent / "cli.py"
 
 
 @pytest.fixture
@@ -41,6 +46,15 @@ def other_set(run: RunFolder, tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+def test_rows_are_measured_without_a_word_of_transformers(run: RunFolder) -> None:
+    """In a process that has read no student before."""
+    Path("rows.jsonl").write_text(json.dumps({"input": "What is 7 + 7?", "content": "It is 14."}), encoding="utf-8")
+    words = [sys.executable, str(CLI), "evaluate", "--name", run.path.name, "--data", "rows.jsonl"]
+    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "of type" not in done.stdout + done.stderr
 
 
 def evaluate(*words: str) -> str:

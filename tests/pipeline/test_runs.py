@@ -133,6 +133,9 @@ def test_the_running_or_else_the_newest_run_is_meant_by_default(tmp_path: Path) 
     with pytest.raises(PipelineError, match="no run 'other'") as caught:
         find_run("other", root)
     assert "newer, older" in caught.value.hint
+    for folder in ("no-run", str(tmp_path)):
+        with pytest.raises(PipelineError, match="no run "):
+            find_run(folder, root)
     with pytest.raises(PipelineError, match="no run under"):
         find_run(None, tmp_path / "nothing")
 
