@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import figures
-from pipeline.errors import UsageError
-from pipeline.inspection import location
+from pipeline.errors import as_usage
 from pipeline.json_output import json_text
+from pipeline.locations import standing_set
 from shards.estimate import estimate_size
 
 
@@ -37,11 +37,9 @@ def estimate(
     `rate` is in response tokens a second; by default that of the run in which the set was made, its start included.
     Raises UsageError where the set is too small.
     """
-    where = location(place)
-    try:
+    where = standing_set(place)
+    with as_usage("cache a few dozen samples of the corpus first"):
         size = estimate_size(where, positions)
-    except ValueError as error:
-        raise UsageError(str(error), hint="cache a few dozen samples of the corpus first") from error
     rate = _measured_rate(where) if rate is None else rate
     hours = None if rate is None else positions / (rate * machines) / 3600
     found = Estimate(

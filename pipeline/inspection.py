@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import as_usage
 from pipeline.json_output import json_text
+from pipeline.locations import set_or_shard, standing_set
 from pipeline.sinks import listening
 from shards.contract import Contract, Selection
 from shards.inspect import Inspection, Request, Spread, inspect
@@ -19,28 +20,20 @@ _SHOWN_KEYS = 6
 """Of a layer, in lines; JSON has all."""
 
 
-def location(text: str) -> Path | str:
-    """A path or a URL. Raises PipelineError where a path leads nowhere."""
-    if "://" in text:
-        return text
-    if not Path(text).exists():
-        raise PipelineError(f"no shards at {text}", hint="give a .arrow file, the folder of a shard set, or its URL")
-    return Path(text)
-
-
 def inspection_lines(place: str, *, sample: int | None, positions: Sequence[int] | None, as_json: bool) -> list[str]:
     """Describe a shard or a set. Raises PipelineError where nothing is there, UsageError for no such sample."""
-    show = None if sample is None else Request(sample=sample, positions=positions, decoder=decoder)
-    try:
-        facts = inspect(location(place), show=show)
-    except ValueError as error:
-        raise UsageError(str(error), hint="samples and positions are counted from 0") from error
+    where = set_or_shard(place)
+    if sample is None:
+        facts = inspect(where)
+    else:
+        with as_usage("samples and positions are counted from 0"):
+            facts = inspect(where, show=Request(sample=sample, positions=positions, decoder=decoder))
     return [json_text(facts)] if as_json else _lines(facts)
 
 
 def verify(place: str, *, set_aside: bool, as_json: bool) -> tuple[bool, list[str]]:
     """Check a set, with progress; whether it is intact, and lines. Damaged files are set aside where asked for."""
-    where = location(place)
+    where = standing_set(place)
     with listening() as emit:
 
         def told(done: int, total: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import figures
 from pipeline.errors import UsageError, as_usage
-from pipeline.inspection import location
+from pipeline.locations import new_set, standing_set
 from pipeline.sinks import listening
 from shards.contract import Selection
 from shards.export import FORMATS, export_parquet
@@ -22,7 +22,7 @@ def export(place: str, target: Path, *, kind: str) -> list[str]:
     """Decode a set into files of another format. Raises UsageError for a format that is none, or a foreign target."""
     if kind not in FORMATS:
         raise UsageError(f"no format {kind!r}", hint=f"there is --to {', '.join(FORMATS)}")
-    source = location(place)
+    source = standing_set(place)
     with _told("export-shards") as progress, as_usage("give an empty or a new folder"):
         report = export_parquet(source, target, progress=progress)
     kept = report.files - report.written
@@ -34,27 +34,27 @@ def export(place: str, target: Path, *, kind: str) -> list[str]:
 
 def merge(places: Sequence[str], target: str) -> list[str]:
     """Make one set of several. Raises UsageError where a sample is in two of them."""
-    sources = [location(place) for place in places]
+    sources = [standing_set(place) for place in places]
     with _told("merge") as progress, as_usage("merge sets of different corpora, each named once"):
-        manifest = merge_sets(sources, target, progress=progress)
+        manifest = merge_sets(sources, new_set(target), progress=progress)
     return [_made("merged", manifest, target)]
 
 
 def copy(place: str, target: str) -> list[str]:
     """Make the same set in another place."""
-    source = location(place)
+    source = standing_set(place)
     with _told("copy-shards") as progress, as_usage("give a folder, an s3:// or a gs:// URL"):
-        manifest = copy_set(source, target, progress=progress)
+        manifest = copy_set(source, new_set(target), progress=progress)
     return [_made("copied", manifest, target)]
 
 
 def reselect(place: str, target: str, *, k: int, mass: float | None, floor: float | None) -> list[str]:
     """Make a set that keeps fewer ids. Raises UsageError for a selection that the source does not hold."""
-    source = location(place)
+    source = standing_set(place)
     with _told("reselect") as progress, as_usage("a set can only lose ids: fewer k, less mass, a higher floor"):
         kind = "topk" if mass is None and floor is None else "adaptive"
         selection = Selection(kind=kind, k=k, mass=1.0 if mass is None else mass, floor=floor or 0.0)
-        manifest = reselect_set(source, target, selection, progress=progress)
+        manifest = reselect_set(source, new_set(target), selection, progress=progress)
     return [_made("reselected", manifest, target)]
 
 
@@ -66,6 +66,7 @@ def import_cache(dump: Path, target: str, *, teacher: str, k: int, thinking: boo
 
     if not dump.exists():
         raise UsageError(f"no dump {dump}", hint="name a file with one JSON object a line, or DistillKit's folder")
+    made = new_set(target)
     with listening() as emit, as_usage("fewer --k than the vocabulary has ids"):
         folder = teacher_folder(teacher, None, emit)
 
@@ -74,7 +75,7 @@ def import_cache(dump: Path, target: str, *, teacher: str, k: int, thinking: boo
 
         manifest = import_dump(
             dump,
-            target if "://" in target else Path(target),
+            made,
             teacher=teacher,
             teacher_folder=folder,
             k=k,

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.card import ABSENT, CARD, table
 from pipeline.figures import size
+from pipeline.locations import local_set
 from pipeline.run import write_atomically
 from shards.manifest import TEACHER_FOLDER
 from shards.reader import ShardSet
@@ -24,8 +25,12 @@ _FIDELITY = "fidelity"
 _LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
 
-def share(folder: Path) -> list[str]:
-    """Write the card of a complete set and return lines to print. Raises ShardError where the set is not whole."""
+def share(place: str) -> list[str]:
+    """Write the card of a complete set and return lines to print.
+
+    Raises UsageError where it lies in no folder, ShardError where it is not whole.
+    """
+    folder = local_set(place)
     path = folder / CARD
     write_atomically(path, dataset_card(folder))
     return [f"card       {path}", "           the folder can be copied as it is; verify-shards checks a copy"]

@@ -13,6 +13,7 @@ from pipeline import launch
 from pipeline.assets import corpus_file, teacher_folder
 from pipeline.card import write_card
 from pipeline.errors import PipelineError, UsageError
+from pipeline.locations import new_set, standing_set
 from pipeline.prepared import PROCESSED, prepared_corpus
 from pipeline.recipe import Recipe
 from pipeline.report import write_report
@@ -98,14 +99,8 @@ def _with_responses(run: RunFolder) -> Corpus:
 
 
 def place_of(run: RunFolder, shards: str | None) -> Path | str:
-    """Where stage one writes: the run's shards, or what was named. Raises UsageError for a URL of an unknown kind."""
-    if shards is None:
-        return run.shards
-    if "://" not in shards:
-        return Path(shards)
-    if not shards.startswith(("s3://", "gs://")):
-        raise UsageError(f"no set can be made at {shards}", hint="give a folder, an s3:// or a gs:// URL")
-    return shards
+    """Where stage one writes: the run's shards, or what was named. Raises UsageError where no set can be made."""
+    return run.shards if shards is None else new_set(shards)
 
 
 def plan_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: str | None = None) -> Iterator[Check]:
@@ -168,12 +163,14 @@ def distill(
 
 def shards_of(run: RunFolder, shards: str | None) -> Path | str:
     """Where a run takes its shards from. Raises PipelineError where there is no such folder; a URL is read to tell."""
-    if shards is not None and "://" in shards:
-        return shards
-    folder = (run.shards if shards is None else Path(shards)).resolve()
-    if not folder.is_dir():
-        raise PipelineError(f"no shards in {folder}", hint="run make teacher-cache first, or name a set with SHARDS=…")
-    return folder
+    if shards is not None:
+        place = standing_set(shards)
+        return place if isinstance(place, str) else place.resolve()
+    if not run.shards.is_dir():
+        raise PipelineError(
+            f"no shards in {run.shards.resolve()}", hint="run make teacher-cache first, or name a set with SHARDS=…"
+        )
+    return run.shards.resolve()
 
 
 def newest_run(root: Path = Path("runs")) -> RunFolder:

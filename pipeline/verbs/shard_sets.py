@@ -167,7 +167,7 @@ def reselect(
     print_lines(reselect_set(source, target, k=k, mass=mass, floor=floor))
 
 
-def share(path: Annotated[Path, typer.Argument(help="The folder of a complete shard set.")]) -> None:
+def share(path: Annotated[str, typer.Argument(help="The folder of a complete shard set.")]) -> None:
     """Write the dataset card of a shard set.
 
     Sizes, contract, coverage, fidelity where it was measured, licences as far as known, and how to read the set.

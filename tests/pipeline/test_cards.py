@@ -140,13 +140,13 @@ def test_fidelity_is_told_where_it_was_measured(run: RunFolder) -> None:
 
 
 def test_a_shared_set_stays_intact_and_its_reading_example_runs(run: RunFolder) -> None:
-    share(run.shards)
+    share(str(run.shards))
     assert verify_shards(run.shards).intact
     (example,) = re.findall(r"```python\n(.*?)```", (run.shards / "README.md").read_text("utf-8"), re.DOTALL)
     exec(example.replace("path/of/this/folder", str(run.shards)), {})
     (run.shards / "manifest.json").unlink()
     with pytest.raises(ShardError):
-        share(run.shards)
+        share(str(run.shards))
 
 
 def test_licences_are_told_where_the_set_holds_them(run: RunFolder) -> None:
