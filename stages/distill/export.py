@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
@@ -33,10 +34,23 @@ def export_model(
 ) -> None:
     """Write `student` with `weights`, by parameter name, next to the teacher's tokenizer and `facts` on its training.
 
-    Raises Corrupt where a tokenizer file is not the one that the shards were sealed with.
+    Raises Corrupt where a tokenizer file is not the one that the shards were sealed with, StageError where the disk
+    refuses; `folder` is not there then.
     """
     for name, parameter in student.named_parameters():
         parameter.data.copy_(weights[name])
+    try:
+        _publish(folder, student, shards, facts)
+    except (OSError, SafetensorError) as error:
+        raise StageError(
+            f"the model {folder} could not be written: {error}",
+            hint="make room, then run again: the last checkpoint holds its weights",
+        ) from error
+
+
+def _publish(
+    folder: Path, student: MiniCodformerForConditionalGeneration, shards: ShardSet, facts: Mapping[str, Any]
+) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     disable_progress_bar()
