@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from stages.student.shape import StudentShape
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = sorted(
@@ -23,12 +26,23 @@ def test_every_link_leads_to_a_file(document: Path) -> None:
     assert not broken
 
 
-def test_every_guarantee_names_a_test_that_exists_or_says_not_yet() -> None:
-    rows = [
+def rows_of(document: str, beginning: str) -> list[list[str]]:
+    """The cells of all rows of a document's tables that begin so."""
+    return [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (ROOT / "docs/guarantees.md").read_text("utf-8").splitlines()
-        if re.match(r"\| [WRTS]\d", line)
+        for line in (ROOT / document).read_text("utf-8").splitlines()
+        if re.match(rf"\| {beginning}", line)
     ]
+
+
+def missing_tests(held_by: str) -> list[str]:
+    """Of the tests that a cell names, those that do not exist."""
+    tests = TEST.findall(held_by)
+    return [f"{file}::{name}" for file, name in tests if f"def {name}(" not in (ROOT / file).read_text("utf-8")]
+
+
+def test_every_guarantee_names_a_test_that_exists_or_says_not_yet() -> None:
+    rows = rows_of("docs/guarantees.md", r"[WRTS]\d")
     assert {word for row in rows for word in row[0].split()} == {
         *(f"W{n}" for n in range(1, 8)),
         *(f"R{n}" for n in range(1, 8)),
@@ -36,10 +50,24 @@ def test_every_guarantee_names_a_test_that_exists_or_says_not_yet() -> None:
         *(f"S{n}" for n in range(1, 6)),
     }
     for name, _, held_by in rows:
-        tests = TEST.findall(held_by)
-        assert tests or held_by.startswith("not yet"), name
-        for file, function in tests:
-            assert f"def {function}(" in (ROOT / file).read_text("utf-8"), f"{name}: {file}::{function}"
+        assert TEST.search(held_by) or held_by.startswith("not yet"), name
+        assert not missing_tests(held_by), name
+
+
+def test_every_oracle_of_the_student_names_tests_that_exist() -> None:
+    rows = rows_of("docs/student.md", r"O\d")
+    assert [row[0] for row in rows] == [f"O{n}" for n in range(1, 10)]
+    for name, _, held_by in rows:
+        assert f"::test_{name}_" in held_by, name
+        assert not missing_tests(held_by), name
+        assert not TEST.sub("", held_by).strip(), f"{name}: only tests by their whole names"
+
+
+def test_every_key_of_the_student_is_in_its_table_with_its_default() -> None:
+    told = {}
+    for keys, defaults, _ in rows_of("docs/student.md", "`"):
+        told |= dict(zip(re.findall(r"`(\w+)`", keys), defaults.replace("`", "").split(", "), strict=True))
+    assert told == {item.name: str(item.default).lower() for item in dataclasses.fields(StudentShape)}
 
 
 def test_the_two_readmes_say_the_same_commands_and_link_the_same_places() -> None:
