@@ -14,7 +14,10 @@ from stages.distill.batches import Batch, assemble
 from stages.distill.losses.attention import student_layers
 from stages.distill.losses.rows import Rows, StudentRows, TeacherRows, log_difference
 from stages.distill.losses.table import yardstick
+from stages.distill.passages import blocks
 from stages.student.model import MiniCodformerForConditionalGeneration, StudentHidden
+
+BLOCK_ROWS = 128
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -50,9 +53,18 @@ class ComparedToken:
 
 @torch.no_grad()
 def compare_record(
-    student: MiniCodformerForConditionalGeneration, record: Record, contract: Contract, decode: Decode, *, top: int = 3
+    student: MiniCodformerForConditionalGeneration,
+    record: Record,
+    contract: Contract,
+    decode: Decode,
+    *,
+    top: int = 3,
+    block_rows: int = BLOCK_ROWS,
 ) -> list[ComparedToken]:
-    """Every predicted position of a record, with the `top` most probable tokens of either side."""
+    """Every predicted position of a record, with the `top` most probable tokens of either side.
+
+    Logits exist for one block of positions at a time.
+    """
     batch = assemble([record], contract.start_token_id).to(student.device)
     hidden = student.hidden(
         batch.prompt_ids_BP,
@@ -61,15 +73,16 @@ def compare_record(
         batch.decoder_mask_BT,
         need_attention=batch.attention is not None,
     )
-    rows_ND = hidden.decoder_BTD.flatten(0, 1)[batch.rows_N]
-    log_q_NV = student.lm_head(student.output_hidden(rows_ND)).float().log_softmax(-1)
+    rows_ND = student.output_hidden(hidden.decoder_BTD.flatten(0, 1)[batch.rows_N])
     teacher = batch.teacher
-    kls = yardstick(contract)(_rows(log_q_NV, teacher)).tolist()
-    q_NK, best_NK = (part.cpu() for part in log_q_NV.exp().topk(min(top, log_q_NV.shape[1])))
-    student_label_N = log_q_NV.gather(1, teacher.labels_N[:, None])[:, 0].exp().tolist()
+    measured = [
+        _measured(student.lm_head(rows_ND[block]), teacher.rows(block), contract, top)
+        for block in blocks(batch.positions, block_rows)
+    ]
+    kl_N, label_N, best_NK, ids_NK = (torch.cat(parts).tolist() for parts in zip(*measured, strict=True))
     looks = _looks(record, batch, hidden, decode, top)
     compared = []
-    for n, kl in enumerate(kls):
+    for n, kl in enumerate(kl_N):
         label = int(teacher.labels_N[n])
         kept = _kept(teacher, n)
         compared.append(
@@ -78,17 +91,23 @@ def compare_record(
                 label=decode([label]),
                 kl=kl,
                 label_by_teacher=kept.get(label),
-                label_by_student=student_label_N[n],
+                label_by_student=label_N[n],
                 teacher=tuple(Likely(text=decode([id_]), share=p) for id_, p in list(kept.items())[:top]),
                 student=tuple(
-                    Likely(text=decode([id_]), share=p)
-                    for id_, p in zip(best_NK[n].tolist(), q_NK[n].tolist(), strict=True)
+                    Likely(text=decode([id_]), share=p) for id_, p in zip(ids_NK[n], best_NK[n], strict=True)
                 ),
                 teacher_looks=looks[n][0] if looks else (),
                 student_looks=looks[n][1] if looks else (),
             )
         )
     return compared
+
+
+def _measured(logits_NV: Tensor, teacher: TeacherRows, contract: Contract, top: int) -> tuple[Tensor, ...]:
+    """The KL, the label's probability, and the `top` largest probabilities with their ids."""
+    log_q_NV = logits_NV.float().log_softmax(-1)
+    best, rows = log_q_NV.topk(min(top, log_q_NV.shape[1])), _rows(log_q_NV, teacher)
+    return yardstick(contract)(rows), rows.student.log_label_N.exp(), best.values.exp(), best.indices
 
 
 def _rows(log_q_NV: Tensor, teacher: TeacherRows) -> Rows:

@@ -59,6 +59,21 @@ def test_it_says_what_a_naive_reading_of_record_and_model_says(standing_run: Pat
         assert token.student_looks[0].share == pytest.approx(float(seen[best]), abs=1e-5)
 
 
+def test_it_says_the_same_by_blocks(standing_run: Path, shards: ShardSet) -> None:
+    model, record = load_model(standing_run / "final_model"), shards.split("dev")[1]
+    rows: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    whole, cut = (
+        compare_record(model, record, shards.contract, lambda ids: f"<{ids[0]}>", block_rows=size)
+        for size in (record.positions, 3)
+    )
+    assert rows[0] == sum(rows[1:]) == record.positions > 3 == max(rows[1:])
+    for one, other in zip(whole, cut, strict=True):
+        assert other.kl == pytest.approx(one.kl, rel=1e-4, abs=1e-6)
+        assert other.label_by_student == pytest.approx(one.label_by_student, rel=1e-4)
+        assert [token.text for token in other.student] == [token.text for token in one.student]
+
+
 def test_over_a_split_it_adds_up_to_the_evaluation(standing_run: Path, shards: ShardSet) -> None:
     tokens = [token for record in range(2) for token in compared(standing_run, shards, record)]
     report = evaluate_model(standing_run / "final_model", shards)
