@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
 
+from shards.contract import Contract
 from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR
 from shards.reader import ShardSet, Split
 from stages.distill.answers import Respondent
 from stages.distill.checkpoint import CheckpointFolder, Milestone
-from stages.distill.engine import Engine
+from stages.distill.engine import Engine, TrainingState
 from stages.distill.losses.fused import BLOCK_ROWS
 from stages.distill.memory import free_device_bytes, free_host_bytes
 from stages.distill.mining import RecordDifficulty, require_minable
@@ -62,45 +65,25 @@ def begin(
 ) -> Training:
     """Raises StageError where the settings do not fit the shards or the ranks, or a checkpoint is of another run."""
     train = shards.split("train")
-    try:
-        if settings.mining_share:
-            require_minable(shards.contract)
-        order = TrainingOrder(
-            lengths_N2=record_lengths(train),
-            seed=settings.seed,
-            global_batch=settings.global_batch,
-            epochs=settings.epochs,
-            bucket_batches=settings.bucket_batches,
-            mining_share=settings.mining_share,
-        )
+    with _settings_explained():
+        order = _order(train, shards.contract, settings)
         student = fresh_student(shards, settings, shape)
         module = DistillModule(student, objective, shards.contract)
-        need_attention = needs_attention(objective, shards.contract)
-        work = _workload(student, order, precision, world, need_attention=need_attention)
+        work = _workload(student, order, precision, world, need_attention=needs_attention(objective, shards.contract))
         placement, reason = choose(settings, precision, work, _room(world))
-    except ValueError as error:
-        hint = error.hint if isinstance(error, SettingError) else "change what the error names in the recipe"
-        raise StageError(str(error), hint=hint) from error
-    emit(Note(stage=STAGE, text=f"{placement.describe()}: {reason}"))
-    resumed = checkpoints.newest(emit)
-    done = resumed[0] if resumed else Milestone(step=0, positions=0, seconds=0.0, validation_kl=None)
-    if not world.same_everywhere(done.step):
-        raise StageError(
-            f"ranks found different checkpoints; rank {world.rank} found step {done.step}",
-            hint="all ranks must see the same run directory",
-        )
-    if resumed:
-        emit(Note(stage=STAGE, text=f"going on after step {done.step} of {order.steps}"))
-        for name, parameter in student.named_parameters():
-            parameter.data.copy_(resumed[1].weights[name])
-    elif settings.pca_init:
-        _start_from_pca(student, shards, emit)
-    engine = Engine(module, settings, precision=precision, placement=placement, world=world)
+        emit(Note(stage=STAGE, text=f"{placement.describe()}: {reason}"))
+        done, state = _resumed(checkpoints, order, world, emit)
+        if state:
+            for name, parameter in student.named_parameters():
+                parameter.data.copy_(state.weights[name])
+        elif settings.pca_init:
+            _start_from_pca(student, shards, emit)
+        engine = Engine(module, settings, precision=precision, placement=placement, world=world)
     difficulty = RecordDifficulty(len(train), memory=settings.mining_memory) if settings.mining_share else None
-    if resumed:
-        engine.load(resumed[1])
+    if state:
+        engine.load(state)
         if difficulty:
-            difficulty.restore(resumed[1].records)
+            difficulty.restore(state.records)
     dev = shards.split("dev") if "dev" in shards.splits else None
     return Training(
         world=world,
@@ -118,6 +101,45 @@ def begin(
         ),
         done=done,
     )
+
+
+@contextmanager
+def _settings_explained() -> Iterator[None]:
+    """What cannot be built from the settings is an error of the stage, with what to set instead."""
+    try:
+        yield
+    except ValueError as error:
+        hint = error.hint if isinstance(error, SettingError) else "change what the error names in the recipe"
+        raise StageError(str(error), hint=hint) from error
+
+
+def _order(train: Split, contract: Contract, settings: DistillSettings) -> TrainingOrder:
+    if settings.mining_share:
+        require_minable(contract)
+    return TrainingOrder(
+        lengths_N2=record_lengths(train),
+        seed=settings.seed,
+        global_batch=settings.global_batch,
+        epochs=settings.epochs,
+        bucket_batches=settings.bucket_batches,
+        mining_share=settings.mining_share,
+    )
+
+
+def _resumed(
+    checkpoints: CheckpointFolder, order: TrainingOrder, world: World, emit: Emit
+) -> tuple[Milestone, TrainingState | None]:
+    """Where the run stands, and the state that it goes on from; None at its start."""
+    found = checkpoints.newest(emit)
+    done, state = found or (Milestone(step=0, positions=0, seconds=0.0, validation_kl=None), None)
+    if not world.same_everywhere(done.step):
+        raise StageError(
+            f"ranks found different checkpoints; rank {world.rank} found step {done.step}",
+            hint="all ranks must see the same run directory",
+        )
+    if state:
+        emit(Note(stage=STAGE, text=f"going on after step {done.step} of {order.steps}"))
+    return done, state
 
 
 def _workload(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages.distill.settings import DistillSettings, ObjectiveSettings
+from stages.errors import StageError
 from stages.student.shape import StudentShape
 
 
@@ -53,3 +56,15 @@ def test_a_number_that_is_none_is_refused_everywhere(section: str, kind: Any, va
     for name in names:
         with pytest.raises(ValueError, match=rf"{section}\.{name} must be a finite number, not {value}"):
             kind(**{name: value})
+
+
+def test_what_the_engine_alone_refuses_is_an_error_of_the_stage(
+    train_here: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("Invalid beta parameter")
+
+    monkeypatch.setattr("stages.distill.start.Engine", refuse)
+    with pytest.raises(StageError, match="Invalid beta parameter") as refused:
+        train_here(tmp_path)
+    assert refused.value.hint == "change what the error names in the recipe"
