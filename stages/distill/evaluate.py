@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +63,12 @@ def evaluate(
         return assemble([split[int(index)] for index in chosen], start_token_id)
 
     sums = torch.zeros(len(EVALUATION_SUMS) + 3 * CALIBRATION_BINS, dtype=torch.float64)
-    for done, (part, batch) in enumerate(zip(parts, Prefetcher(load, parts), strict=True), 1):
-        found = forward(batch).sums.to(sums.device)
-        if part.size:
-            sums += found
-        emit(Progress(stage="evaluate", done=done, total=len(parts), unit=unit))
+    with closing(Prefetcher(load, parts)) as batches:
+        for done, (part, batch) in enumerate(zip(parts, batches, strict=True), 1):
+            found = forward(batch).sums.to(sums.device)
+            if part.size:
+                sums += found
+            emit(Progress(stage="evaluate", done=done, total=len(parts), unit=unit))
     named, calibration = total(sums).split([len(EVALUATION_SUMS), 3 * CALIBRATION_BINS])
     totals = dict(zip(EVALUATION_SUMS, named.tolist(), strict=True))
     positions = totals.pop("positions")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from shards.reader import ShardSet
-from stages.distill.batches import assemble
+from stages.distill.batches import Batch, Prefetcher, assemble
 from stages.distill.evaluate import evaluate
-from stages.distill.objective import DistillModule
+from stages.distill.objective import DistillModule, LossTerms
 from stages.distill.order import record_lengths, sharded_pass
 from stages.distill.settings import ObjectiveSettings
 from stages.student.model import build_student
@@ -64,6 +65,23 @@ def test_calibration_is_what_dense_probabilities_say(shards: Path, shape: Studen
         abs(sum(c - h for c, h, b in zip(confidence, hits, bins, strict=True) if b == chosen)) for chosen in range(15)
     ]
     assert found.ece == pytest.approx(sum(gaps) / len(confidence), rel=1e-5)
+
+
+def test_a_failure_on_the_way_closes_what_reads_ahead(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Prefetcher[Any, Any]] = []
+    true_close = Prefetcher.close
+
+    def close(batches: Prefetcher[Any, Any]) -> None:
+        closed.append(batches)
+        true_close(batches)
+
+    def fail(batch: Batch) -> LossTerms:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Prefetcher, "close", close)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate(fail, ShardSet(shards).split("dev"), start_token_id=0, micro_batch=1)
+    assert len(closed) == 1
 
 
 def test_the_first_records_of_a_split_can_be_measured_alone(shards: Path, shape: StudentShape) -> None:
