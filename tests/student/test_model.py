@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -280,7 +278,6 @@ def test_every_parameter_has_its_place_and_kind(student):
     liquid = {name.rpartition(".")[-1] for name, fact in facts.items() if fact.kind == "liquid"}
     assert liquid == {"rho", "conductance_bias"}
     for fact in facts.values():
-        assert dataclasses.is_dataclass(fact)
         assert fact.kind in ("liquid", "matrix" if fact.parameter.ndim > 1 else "norm_or_bias")
 
 

@@ -103,6 +103,17 @@ def test_O2_the_one_step_of_delta_is_gated_deltanet():
     alpha, beta = 1 / (1 + leak), conductance / (1 + leak + conductance)
     expected = alpha * (torch.eye(4) - beta * torch.outer(key, key)) @ state + beta * torch.outer(key, value)
     torch.testing.assert_close(fused_euler("delta", leak, conductance, key, value, state, 1), expected)
+    token, rate = (1, 1, 1, 4), (1, 1, 1)
+    _, scanned = scan_delta_naive(
+        torch.zeros(token),
+        key.view(token),
+        value.view(token),
+        alpha.log().view(rate),
+        beta.view(rate),
+        beta.view(rate),
+        state[None, None],
+    )
+    torch.testing.assert_close(scanned[0, 0], expected)
 
 
 def test_O2_the_vector_recurrence_is_the_loop_of_fused_euler_steps_of_an_ltc_neuron():
