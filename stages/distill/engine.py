@@ -114,7 +114,7 @@ class Engine:
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights of `state` alone."""
+        """The weights of `state` alone; likewise empty but on rank 0."""
         return self._gathered(None)
 
     def load(self, state: TrainingState) -> None:

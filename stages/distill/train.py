@@ -110,10 +110,10 @@ def train(
                 untrained=EvaluationReport(**done.untrained) if done.untrained else None,
                 validation=report,
             )
-            state = training.engine.state() if result.finished else None
-        if state and world.rank == 0:
+            weights = training.engine.weights() if result.finished else {}
+        if weights:  # on rank 0 alone
             facts = {"identity": identity, "result": dataclasses.asdict(result)}
-            export_model(final_model, fresh_student(shard_set, settings, shape), state.weights, shard_set, facts)
+            export_model(final_model, fresh_student(shard_set, settings, shape), weights, shard_set, facts)
             emit(Note(stage=STAGE, text=f"the student is in {final_model}"))
         world.barrier()
         return result

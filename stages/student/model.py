@@ -33,7 +33,6 @@ class StudentHidden:
 
     decoder_BTD: Tensor
     """Normalised output of the decoder, not yet through `output_hidden`."""
-    encoder_BPD: Tensor
     cross_attention: tuple[Tensor, ...] | None
     """Head-mean attention of each decoder layer over all prompt keys, [B, T, P]; None unless asked for."""
     encoder_attention: tuple[Tensor, ...] | None
@@ -176,7 +175,6 @@ class MiniCodformerForConditionalGeneration(MiniCodformerPreTrainedModel, Genera
         )
         return StudentHidden(
             decoder_BTD=output.last_hidden_state,
-            encoder_BPD=output.encoder_last_hidden_state,
             cross_attention=tuple(w.mean(1) for w in output.cross_attentions) if need_attention else None,
             encoder_attention=tuple(w.mean(1) for w in output.encoder_attentions) if need_attention else None,
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +22,9 @@ from shards.manifest import begin, seal
 from shards.reader import ShardSet
 from shards.record import Record
 from shards.writer import write_shard
+from stages.distill.engine import Engine
 from stages.distill.export import export_model, exported_facts
+from stages.errors import StageError
 from stages.student.model import MiniCodformerForConditionalGeneration, build_student
 from stages.student.shape import StudentShape
 
@@ -104,3 +110,29 @@ def test_O8_the_exported_folder_answers_alike_without_this_project(student, seal
     expected = student.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert json.loads(answer.stdout.splitlines()[-1]) == [prompt, expected[0].tolist()]
     assert exported_facts(folder)["result"] == RESULT
+
+
+@pytest.mark.parametrize("refusal", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error")])
+def test_a_disk_that_refuses_is_a_stage_error_and_leaves_no_model(student, sealed, tmp_path, monkeypatch, refusal):
+    def refuse(*_: object, **__: object) -> None:
+        raise refusal
+
+    folder = tmp_path / "final_model"
+    with monkeypatch.context() as full:
+        full.setattr(student, "save_pretrained", refuse)
+        with pytest.raises(StageError, match=re.escape(f"final_model could not be written: {refusal}")) as raised:
+            export(folder, student, sealed)
+    assert raised.value.hint == "make room, then run again: the last checkpoint holds its weights"
+    assert not folder.exists()
+    export(folder, student, sealed)
+    assert exported_facts(folder)["result"] == RESULT
+
+
+def test_a_run_that_was_only_not_exported_gathers_its_weights_and_no_more(
+    undisturbed, train_here, tmp_path, monkeypatch
+):
+    saved = "checkpoints/step-00000009"
+    shutil.copytree(undisturbed.run / saved, tmp_path / saved)
+    monkeypatch.delattr(Engine, "state")
+    exported = train_here(tmp_path)
+    assert all(torch.equal(exported.weights[name], tensor) for name, tensor in undisturbed.weights.items())
