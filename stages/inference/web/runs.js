@@ -5,6 +5,19 @@ import { chart } from "/web/chart.js";
 
 const percent = (share) => `${Math.round(100 * share)}%`;
 const chosen = () => decodeURIComponent(location.hash.slice(1));
+// Always the same one: an alert that is put on the page anew is read out anew. Not atomic: only what came is read.
+const alarms = element("ul", { className: "warnings", role: "alert", "aria-atomic": "false" });
+
+/** Have `place` hold what is `made`; whatever it holds already that looks the same stays, selected and scrolled as it is. */
+function update(place, made) {
+  const standing = [...place.children];
+  const wanted = made.map((part) => {
+    const same = standing.findIndex((old) => old.isEqualNode(part));
+    return same < 0 ? part : standing.splice(same, 1)[0];
+  });
+  for (const old of standing) old.remove();
+  wanted.forEach((part, index) => { if (part !== place.children[index]) place.insertBefore(part, place.children[index] ?? null); });
+}
 
 function badge(state) {
   return element("span", { className: `badge ${state}`, textContent: state });
@@ -76,12 +89,11 @@ function sample({ prompt, answer, label }) {
 
 function note({ time, stage: name, text, level }) {
   const when = new Date(1000 * time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
-  return element("li", { className: level }, element("time", { textContent: when }), element("b", { textContent: name }), element("span", { textContent: text }));
+  return element("li", { className: level }, element("time", { textContent: when }), element("b", { textContent: name }), element("span", { textContent: `${level === "warning" ? "warning: " : ""}${text}` }));
 }
 
 function view(run) {
-  const parts = [head(run)];
-  if (run.warnings.length) parts.push(element("ul", { className: "warnings", role: "alert" }, ...run.warnings.map((text) => element("li", { textContent: text }))));
+  const parts = [head(run), alarms];
   if (run.stages.length) parts.push(card("Progress", ...run.stages.map(stage)));
   const curves = run.curves.filter((curve) => curve.values.length > 1);
   if (curves.length) parts.push(element("section", { className: "charts", "aria-label": "Curves" }, ...curves.map(chart)));
@@ -99,18 +111,20 @@ async function show() {
   try {
     const runs = await (await ask("/api/runs")).json();
     if (!runs.length) {
-      byId("view").replaceChildren(element("p", { className: "faint", textContent: "There is no run under runs/ where this server was started." }));
+      update(byId("view"), [element("p", { className: "faint", textContent: "There is no run under runs/ where this server was started." })]);
       return;
     }
     if (!runs.some((run) => run.name === chosen())) history.replaceState(null, "", `#${encodeURIComponent(runs[0].name)}`);
     const focused = byId("list").contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
-    byId("list").replaceChildren(...runs.map(entry));
+    update(byId("list"), runs.map(entry));
     if (focused) [...byId("list").children].find((link) => link.getAttribute("href") === focused)?.focus();
     const name = chosen();
     const run = await (await ask(`/api/runs/${encodeURIComponent(name)}`)).json();
-    if (name === chosen()) byId("view").replaceChildren(...view(run));
+    if (name !== chosen()) return;
+    update(byId("view"), view(run));
+    update(alarms, run.warnings.map((text) => element("li", { textContent: text })));
   } catch (error) {
-    byId("view").replaceChildren(element("p", { className: "trouble", role: "alert", textContent: error.status === 401 ? "A key is needed: give it on the chat page." : error.message }));
+    update(byId("view"), [element("p", { className: "trouble", role: "alert", textContent: error.status === 401 ? "A key is needed: give it on the chat page." : error.message })]);
   }
 }
 

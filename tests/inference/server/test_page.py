@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -63,6 +64,18 @@ def ask(page: Page, text: str) -> None:
     page.locator("#prompt").fill(text)
     page.keyboard.press("Enter")
     expect(page.locator(".turn.assistant").last).not_to_have_attribute("aria-busy", "true")
+
+
+def tell_of_the_run(page: Page, address: str, **facts: Any) -> None:
+    """From now on the page is told these facts in place of the run's own."""
+    told = {**httpx.get(f"{address}/api/runs/tiny").json(), **facts}
+    page.route("**/api/runs/*", lambda route: route.fulfill(json=told))
+
+
+def two_looks_pass(page: Page) -> None:
+    """At the run; the second is asked for once the page shows what the first has brought."""
+    for _ in range(2):
+        page.wait_for_event("requestfinished", lambda request: "/api/runs/" in request.url)
 
 
 def greedy(page: Page) -> None:
@@ -194,11 +207,39 @@ def test_the_runs_are_those_of_the_monitor(page: Page, address: str, standing_ru
     expect(page.locator("h1")).to_have_text("tiny finished")
 
 
+def test_what_has_not_changed_since_the_last_look_at_a_run_stays_as_the_reader_left_it(
+    page: Page, address: str
+) -> None:
+    sample = {"step": 3, "prompt": "1 + 1?", "answer": "two\n" * 60, "label": "2"}
+    endless, full = "the loss is not finite", "the disk is full"
+    tell_of_the_run(page, address, samples=[sample], warnings=[endless])
+    page.goto(f"{address}/runs")
+    answer, alerts = page.locator(".sample dd").nth(1), page.locator("[role=alert] li")
+    answer.evaluate("(dd) => { dd.seen = true; dd.scrollTop = 70; getSelection().selectAllChildren(dd); }")
+    alerts.evaluate("(li) => { li.seen = li.parentElement.seen = true; }")
+    left = "(dd) => dd.seen && dd.scrollTop === 70 && getSelection().containsNode(dd.firstChild)"
+    seen = "(all) => all.map((li) => [li.textContent, Boolean(li.seen), Boolean(li.parentElement.seen)])"
+    two_looks_pass(page)
+    assert answer.evaluate(left)
+    assert alerts.evaluate_all(seen) == [[endless, True, True]]
+
+    tell_of_the_run(page, address, samples=[sample], warnings=[endless, full], coverage=0.125)
+    expect(page.locator(".facts")).to_contain_text("12.50%")
+    assert answer.evaluate(left)
+    assert alerts.evaluate_all(seen) == [[endless, True, True], [full, False, True]]
+
+    tell_of_the_run(page, address, samples=[{**sample, "answer": "three"}], warnings=[])
+    expect(answer).to_have_text("three")
+    expect(alerts).to_have_count(0)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
 def test_it_fits_and_can_be_read(browser: Browser, address: str, theme: Any, size: Any) -> None:
     context = browser.new_context(viewport=size, color_scheme=theme)
     page = watched(context.new_page(), address)
+    told = {"time": 0.0, "stage": "distill", "text": "steps are slow", "level": "warning"}
+    tell_of_the_run(page, address, notes=[told, {**told, "level": "info"}], warnings=["the disk is full"])
     page.goto(address)
     greedy(page) if size is DESK else None
     ask(page, "how much is six times seven, please?")
@@ -208,6 +249,7 @@ def test_it_fits_and_can_be_read(browser: Browser, address: str, theme: Any, siz
         if path:
             page.goto(f"{address}/{path}")
             expect(page.locator(".sample").first).to_be_visible()
+            expect(page.locator(".notes li span")).to_have_text(["warning: steps are slow", "steps are slow"])
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, "nothing reaches beyond the screen"
         faint = [text for text, contrast in page.evaluate(CONTRASTS) if contrast < LEAST_CONTRAST]
