@@ -49,6 +49,12 @@ class Selection:
         exact, drawn = self.kind != "sample", self.kind in DRAWN
         _require_within("k", self.k, MAX_KEPT) if exact else _require_none("k", self.k, self.kind)
         _require_within("draws", self.draws, MAX_DRAWS) if drawn else _require_none("draws", self.draws, self.kind)
+        for name in ("logprobs", "tail_known"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for name in ("mass", "floor"):
+            if type(getattr(self, name)) not in (int, float):
+                raise ValueError(f"{name} must be a number, not {getattr(self, name)!r}")
         if self.kind != "adaptive" and (self.mass, self.floor) != (1.0, 0.0):
             raise ValueError(f"mass and floor belong to an adaptive selection, not to {self.kind!r}")
         if not (0 < self.mass <= 1 and 0 <= self.floor < 1):
