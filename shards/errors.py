@@ -36,4 +36,13 @@ class InvalidRecord(ShardError):
 
 
 class StorageFailed(ShardError):
-    """The disk refused a write (full, quota, I/O error); what was published before is intact."""
+    """The disk or the store refused (full, quota, I/O error, no access); what was published before is intact."""
+
+
+def unreadable(called: str, error: OSError, *, missing: str) -> Incomplete | StorageFailed:
+    """What a file that does not open is: one that is not there, with the hint `missing`, or one that may be intact."""
+    if isinstance(error, FileNotFoundError):
+        return Incomplete(f"{called} cannot be opened: {error.strerror}", hint=missing)
+    return StorageFailed(
+        f"{called} cannot be read: {error.strerror}", hint="check the disk and who may read the file, and try again"
+    )

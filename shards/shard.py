@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from shards import framing
 from shards.codec import codec_for
 from shards.contract import Contract
-from shards.errors import Corrupt, Incomplete, ShardError, Truncated
+from shards.errors import Corrupt, ShardError, Truncated, unreadable
 from shards.record import Int32, Record
 from shards.schema import (
     CHECK_BYTES,
@@ -64,7 +64,7 @@ class ShardReader:
 
     @classmethod
     def open(cls, path: Path, *, called: str | None = None) -> ShardReader:
-        """Map a shard. Raises Truncated, Corrupt, UnknownVersion, or Incomplete where there is no such file."""
+        """Map a shard. Raises Truncated, Corrupt, UnknownVersion, StorageFailed, or Incomplete where there is none."""
         called = called or str(path)
         mapping = _map(path, called)
         shard = cls(np.frombuffer(mapping, np.uint8), called=called)
@@ -249,9 +249,7 @@ def _map(path: Path, called: str) -> mmap.mmap:
                 raise Truncated(f"{called}: it is empty", hint=framing.RESTORE)
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise Incomplete(
-            f"{called}: cannot be opened: {error.strerror}", hint="check the path, or run stage one"
-        ) from error
+        raise unreadable(called, error, missing="check the path, or run stage one") from error
 
 
 def _described(metadata: dict[bytes, bytes]) -> tuple[Contract, str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shards.durable import LOCAL_DISK, Disk, make_folder, publish, remove_abandoned
-from shards.errors import Incomplete, StorageFailed, Truncated
+from shards.errors import StorageFailed, Truncated, unreadable
 from shards.object_cache import ObjectCache
 
 QUARANTINE = "quarantine"
@@ -125,7 +125,7 @@ class LocalStorage:
                 raise ValueError(f"{path} is too large to be true")
             return path.read_bytes()
         except OSError as error:
-            raise Incomplete(f"{path} cannot be read: {error.strerror}", hint=RESTORE_FILE) from error
+            raise unreadable(str(path), error, missing=RESTORE_FILE) from error
 
     def sha256(self, name: str) -> str:
         path = self.folder / name
@@ -133,14 +133,14 @@ class LocalStorage:
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise Incomplete(f"{path} cannot be opened: {error.strerror}", hint=RESTORE_FILE) from error
+            raise unreadable(str(path), error, missing=RESTORE_FILE) from error
 
     def local(self, name: str, *, sha256: str, size: int | None = None) -> Path:  # noqa: ARG002
         path = self.folder / name
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise Incomplete(f"{path} cannot be opened: {error.strerror}", hint=RESTORE_FILE) from error
+            raise unreadable(str(path), error, missing=RESTORE_FILE) from error
         if size is not None and found < size:
             raise Truncated(f"{path} has {found} of {size} bytes", hint=RESTORE_FILE)
         return path
@@ -151,6 +151,8 @@ class LocalStorage:
     def set_aside(self, name: str) -> None:
         path = self.folder / name
         target = self.folder / QUARANTINE / name
+        if self.size(name) is None:
+            return  # perhaps with its folder
         make_folder(target.parent, disk=self._disk)
         try:
             # A second quarantine of the same name replaces the first: the newest damage is the one to look at.

@@ -23,12 +23,14 @@ import pyarrow as pa
 
 from shards.columns import SCHEMA, columns_of
 from shards.contract import Contract
-from shards.errors import Corrupt
+from shards.errors import Corrupt, Incomplete, Truncated
 from shards.sealed_json import read_sealed, sealed
 from shards.shard import ShardReader
 from shards.storage import RESTORE_FILE, Storage
 
 UNITS_FOLDER = "units"
+_REMAKE = "delete it and run the same command again: it makes anew only what is missing"
+"""Until a set is sealed there is nothing that verify-shards could compare it with."""
 _SHARD_NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,199}")
 _SUFFIX = ".arrow"
 _BY_CONTENT = re.compile(r"(?P<unit>.+)-(?P<sha256>[0-9a-f]{64})\.json")
@@ -117,20 +119,36 @@ def published_positions(storage: Storage) -> int:
 
 
 def describe(storage: Storage, name: str, contract: Contract, *, sha256: str | None = None) -> Published:
-    """A published shard. Where its hash is not given, every byte of it is checked and the hash is taken.
+    """A published shard of a set that is not sealed. In a folder, where its hash is not given, every byte of it is
+    checked and the hash is taken.
 
-    Raises ContractMismatch where it was written under another contract, Corrupt, Incomplete."""
-    if storage.exclusive:
-        path = storage.local(name, sha256="", size=0)
-        with ShardReader.open(path) as shard:
-            contract.require_equal(shard.contract, where=storage.where(name))
-            if sha256 is None:
-                # What is adopted here will be vouched for by the manifest.
-                shard.verify()
-            return _described(shard, name, sha256 or storage.sha256(name))
+    Raises ContractMismatch where it was written under another contract, Corrupt, Truncated, Incomplete, StorageFailed.
+    """
+    try:
+        return (_in_folder if storage.exclusive else _in_store)(storage, name, contract, sha256)
+    except (Corrupt, Truncated) as error:
+        raise type(error)(str(error), hint=_REMAKE) from error
+
+
+def _in_folder(storage: Storage, name: str, contract: Contract, sha256: str | None) -> Published:
+    with ShardReader.open(storage.local(name, sha256="", size=0)) as shard:
+        contract.require_equal(shard.contract, where=storage.where(name))
+        if sha256 is None:
+            # What is adopted here will be vouched for by the manifest.
+            shard.verify()
+        return _described(shard, name, sha256 or storage.sha256(name))
+
+
+def _in_store(storage: Storage, name: str, contract: Contract, _: str | None) -> Published:
     unit_name = f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json"
     document = read_sealed(storage, unit_name, hint="run stage one again: it goes on where it stopped")
-    return _from_document(document, contract, where=storage.where(unit_name), name=name)
+    published = _from_document(document, contract, where=storage.where(unit_name), name=name)
+    if (size := storage.size(name)) != published.info.bytes:
+        raise Incomplete(
+            f"{storage.where(name)} has {size or 0} of {published.info.bytes} bytes",
+            hint=f"delete {storage.where(unit_name)} and run the same command again: it makes the shard anew",
+        )
+    return published
 
 
 def set_aside_unit(storage: Storage, name: str) -> None:

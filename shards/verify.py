@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 
-from shards.errors import Corrupt, ShardError, Truncated
+from shards.errors import Corrupt, ShardError, StorageFailed, Truncated, UnknownVersion
 from shards.manifest import CONTRACT_NAME, MANIFEST_NAME, TABLES_NAME, read_contract, require_tables
 from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
@@ -100,9 +100,14 @@ def quarantine(location: Location, report: VerifyReport) -> None:
 
 
 def damage_of(check: Callable[[], None]) -> str | None:
-    """What a check raises, in words; None where it passes."""
+    """What is wrong with what a check looks at, in words; None where it passes.
+
+    Raises StorageFailed and UnknownVersion: who cannot read a file knows of no damage to it.
+    """
     try:
         check()
+    except (StorageFailed, UnknownVersion):
+        raise
     except ShardError as error:
         return str(error)
     return None

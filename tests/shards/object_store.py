@@ -77,6 +77,9 @@ class AnyStore:
         with self.client.open_output_stream(f"{self._place(url)}/{name}") as stream:
             stream.write(data)
 
+    def delete(self, url: str, name: str) -> None:
+        self.client.delete_file(f"{self._place(url)}/{name}")
+
     def _place(self, url: str) -> str:
         """Bucket and prefix."""
         return url.removeprefix(self.root).split("?")[0]

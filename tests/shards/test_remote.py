@@ -281,6 +281,26 @@ def test_another_kind_of_url_is_refused(contract: Contract) -> None:
         begin("ftp://somewhere/shards", contract)
 
 
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_unit_whose_object_is_lost_is_not_sealed_and_the_hint_brings_it_back(
+    store: ObjectStore, url: str, contract: Contract, records: list[Record], left: int
+) -> None:
+    manifest = fill(url, contract, records)
+    lost, whole = manifest.shards[1], store.files(url)
+    store.delete(url, "manifest.json")
+    store.delete(url, lost.name)
+    if left:
+        store.overwrite(url, lost.name, whole[lost.name][:left])
+    with pytest.raises(Incomplete, match=rf"{lost.name} has {left} of {lost.bytes} bytes") as caught:
+        fill(url, contract, records)
+    assert not is_sealed(url)
+    document = f"units/{lost.name.removesuffix('.arrow')}.json"
+    assert caught.value.hint.startswith(f"delete {url.split('?')[0]}/{document} and run the same command again")
+    store.delete(url, document)
+    assert fill(url, contract, records) == manifest
+    assert {name: data for name, data in store.files(url).items() if "quarantine" not in name} == whole
+
+
 def test_a_forged_unit_document_is_refused(
     store: ObjectStore, url: str, contract: Contract, records: list[Record]
 ) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shards.contract import Contract
-from shards.errors import Corrupt, Incomplete
+from shards.errors import Corrupt, Incomplete, StorageFailed, UnknownVersion
 from shards.manifest import begin, read_manifest, seal
 from shards.record import Record
+from shards.sealed_json import sealed
 from shards.storage import LocalStorage
 from shards.units import describe, published_units
 from shards.verify import quarantine, verify_shards
@@ -62,7 +68,7 @@ def cut_manifest(folder: Path, contract: Contract, written: list[Record]) -> Non
         (remove_shard, "dev-0.arrow", "cannot be opened"),
         (edit_teacher_file, "teacher/tokenizer.json", "differs from manifest.json"),
         (edit_columns, "columns/", "differs from manifest.json"),
-        (remove_contract, "contract.json", "cannot be read"),
+        (remove_contract, "contract.json", "cannot be opened"),
         (cut_manifest, "manifest.json", "ends after"),
     ],
 )
@@ -90,6 +96,46 @@ def test_verification_reports_all_damage_and_its_progress(
     assert (report.shards, report.teacher_files) == (4, 1)
     assert told[-1] == (report.bytes, report.bytes)
     assert len(told) == 4
+
+
+@pytest.mark.parametrize("refusal", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    digest = hashlib.file_digest
+
+    def refuse(file: Any, *rest: Any) -> Any:
+        if file.name.endswith("train-1.arrow"):
+            raise OSError(refusal, os.strerror(refusal))
+        return digest(file, *rest)
+
+    monkeypatch.setattr(hashlib, "file_digest", refuse)
+    with pytest.raises(StorageFailed, match=rf"train-1\.arrow cannot be read: {os.strerror(refusal)}"):
+        verify_shards(folder)
+
+    def refuse_all(path: Path) -> bytes:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse_all)
+    with pytest.raises(StorageFailed, match=r"manifest\.json cannot be read"):
+        read_manifest(folder)
+
+
+def test_what_a_newer_version_wrote_is_not_called_damaged(folder: Path) -> None:
+    path = folder / "contract.json"
+    document = {"contract": json.loads(path.read_bytes())["contract"] | {"format_version": 99}}
+    path.write_bytes(sealed(document))
+    with pytest.raises(UnknownVersion, match="format version 99"):
+        verify_shards(folder)
+
+
+def test_quarantine_of_files_whose_folder_is_gone(folder: Path) -> None:
+    shutil.rmtree(folder / "columns")
+    shutil.rmtree(folder / "teacher")
+    report = verify_shards(folder)
+    assert len(report.damage) == 2
+    quarantine(folder, report)
+    assert [path.name for path in (folder / "quarantine").iterdir()] == ["manifest.json"]
 
 
 def test_quarantine_leaves_a_set_that_lacks_only_what_was_damaged(
@@ -132,4 +178,4 @@ def test_a_shard_damaged_before_the_seal_is_not_adopted(
     flip_cell(folder, contract, written)
     with pytest.raises(Corrupt, match="record 1: prompt_ids differs") as caught:
         describe(LocalStorage(folder), "train-1.arrow", contract)
-    assert "delete it and run stage one again" in caught.value.hint
+    assert "delete it and run the same command again" in caught.value.hint

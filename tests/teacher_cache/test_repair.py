@@ -8,9 +8,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.testing import CliRunner
 
+import cli
 from shards.errors import Corrupt
 from shards.manifest import read_manifest
+from shards.reader import ShardSet
 from shards.shard import ShardReader
 from shards.verify import quarantine, verify_shards
 from tests.teacher_cache.folders import contents
@@ -36,6 +39,33 @@ def test_what_verification_sets_aside_is_remade_and_nothing_else(
     recorded.fill(tmp_path, teacher, engines=engines)
     assert [int(name, 16) for name in engines[0].captured] == [4, 5, 6]
     shutil.rmtree(tmp_path / "quarantine")
+    assert contents(tmp_path) == undisturbed
+
+
+def test_the_hint_of_a_damaged_shard_brings_it_back(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """A set that is sealed is repaired through verify-shards; one that is not, by deleting the shard."""
+    recorded.fill(tmp_path, teacher)
+    flip(tmp_path / "train-00001.arrow")
+    with pytest.raises(Corrupt) as caught:
+        list(ShardSet(tmp_path).split("train"))
+    assert "verify-shards --quarantine and run stage one again" in caught.value.hint
+    done = CliRunner().invoke(cli.app, ["verify-shards", str(tmp_path), "--quarantine"])
+    assert (done.exit_code, "run stage one again" in str(getattr(done.exception, "hint", done.output))) == (1, True)
+    engines: list = []
+    recorded.fill(tmp_path, teacher, engines=engines)
+    assert [int(name, 16) for name in engines[0].captured] == [4, 5, 6]
+    shutil.rmtree(tmp_path / "quarantine")
+    assert contents(tmp_path) == undisturbed
+
+    (tmp_path / "manifest.json").unlink()
+    flip(tmp_path / "train-00001.arrow")
+    with pytest.raises(Corrupt) as caught:
+        recorded.fill(tmp_path, teacher)
+    assert caught.value.hint.startswith("delete it and run the same command again")
+    (tmp_path / "train-00001.arrow").unlink()
+    recorded.fill(tmp_path, teacher)
     assert contents(tmp_path) == undisturbed
 
 
