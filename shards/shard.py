@@ -209,8 +209,9 @@ class ShardReader:
             & (entries <= MAX_ENTRIES)
         )
         if self.contract.attention is not None:
-            spec = self.contract.attention
-            agree &= positions * len(spec.layers) * spec.top_m <= MAX_ENTRIES
+            spec, layers = self.contract.attention, len(self.contract.attention.layers)
+            rows = positions + (np.maximum(prompt - 2, 0) if spec.rows == "all" else 0)
+            agree &= (rows * layers * spec.top_m <= MAX_ENTRIES) & (prompt * layers <= MAX_ENTRIES)
         if not agree.all():
             row = int(np.argmin(agree))
             raise Corrupt(f"record {row}: its lengths and counts contradict each other", hint=framing.RESTORE)

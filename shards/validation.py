@@ -154,6 +154,8 @@ def _check_attention(record: Record, contract: Contract) -> None:
     _check_attention_shapes(summary, spec, len(sight_N))
     entries = summary.positions_LNM.size
     _require(entries <= MAX_ENTRIES, f"{entries} attention keys, at most {MAX_ENTRIES} fit a record")
+    ordered = len(spec.layers) * len(record.prompt_ids_P)
+    _require(ordered <= MAX_ENTRIES, f"{ordered} prompt tokens over all layers, at most {MAX_ENTRIES} fit a record")
     positions_LNM, weights_LNM, keys = summary.positions_LNM, summary.weights_LNM, len(record.prompt_ids_P) - 1
     real_LNM = np.broadcast_to(np.arange(spec.top_m) < sight_N[:, None], positions_LNM.shape)
     _require(

@@ -17,14 +17,18 @@ import pytest
 import zstandard
 
 from shards import framing
-from shards.contract import Contract
+from shards.contract import AttentionSpec, Contract, Selection
 from shards.errors import ContractMismatch, Corrupt, ShardError, UnknownVersion
+from shards.planes.rans import Stream
+from shards.planes.tables import plain_tables
 from shards.record import Record
 from shards.schema import cell_names
 from shards.shard import ShardReader
 from shards.storage import LocalStorage
 from shards.units import describe
+from shards.writer import build_shard
 from tests.shards.forging import Change, compressed, forge, in_row, replace_attention, replace_frame, reseal
+from tests.shards.whole import contract_of, learnt, record_of
 
 Same = Callable[[Record, Record], None]
 
@@ -200,6 +204,30 @@ def test_R4_counts_beyond_what_the_file_holds_are_refused_at_open(
 ) -> None:
     forge(shard, numbers(**values))
     within_memory(in_child, lambda: require_refused(shard, Corrupt, "contradict"))
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"layers": [0, 1, 2, 3], "top_m": 1_024, "rows": "all"},
+        {"layers": list(range(1_024)), "top_m": 1, "rows": "response"},
+    ],
+    ids=["rows", "layers"],
+)
+def test_R4_attention_of_many_rows_or_layers_is_bounded_before_memory_is_taken(
+    tmp_path: Path, in_child: Callable[..., int], attention: dict[str, Any]
+) -> None:
+    """One position after 20,000 tokens, whose cell orders no key."""
+    contract = contract_of(Selection(kind="topk", k=2), attention=AttentionSpec(layers=(0,), top_m=1))
+    record = record_of(contract, np.random.default_rng(0), positions=1, prompt=20_000)
+    contract, tables = learnt(contract, [])
+    path = tmp_path / "train-00000.arrow"
+    path.write_bytes(build_shard("train-00000", "train", contract, [record], tables=tables))
+    cell = plain_tables(contract.vocab_size, 16).coder.pack(
+        [Stream("key-counts", np.zeros(len(attention["layers"]), np.int32))]
+    )
+    forge(path, in_row("attention", 0, cell), metadata=contract_json(contract, attention=attention))
+    within_memory(in_child, lambda: require_refused(path, Corrupt, "contradict"))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from shards.planes.rans import STATES, Coder, Stream, learn_frequencies
 from shards.planes.tables import fingerprint, plain_tables
 from shards.record import Record
 from shards.shard import ShardReader
+from shards.validation import require_valid
 from shards.writer import build_shard
 from tests.shards.whole import SELECTIONS, contract_of, record_of
 
@@ -236,6 +237,19 @@ def test_W7_an_attention_key_after_its_row_is_refused(sets: dict[str, Set]) -> N
     changed = dataclasses.replace(records[0], attention=dataclasses.replace(attention, positions_LNM=positions_LNM))
     with pytest.raises(InvalidRecord, match="after its row"):
         build_shard("u", "train", contract, [changed], tables=tables)
+
+
+def test_W7_a_prompt_too_long_for_so_many_layers_is_refused() -> None:
+    spec = AttentionSpec(layers=tuple(range(1_024)), top_m=1)
+    contract = contract_of(Selection(kind="topk", k=2), attention=spec)
+    short = record_of(contract, np.random.default_rng(0), positions=1, prompt=2)
+    for length in (1 << 14, (1 << 14) + 1):
+        record = dataclasses.replace(short, prompt_ids_P=np.zeros(length, np.int32))
+        if length == 1 << 14:
+            require_valid(record, contract)
+        else:
+            with pytest.raises(InvalidRecord, match="16778240 prompt tokens over all layers"):
+                require_valid(record, contract)
 
 
 def test_a_curve_belongs_to_a_known_tail() -> None:
