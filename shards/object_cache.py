@@ -64,8 +64,7 @@ class ObjectCache:
         with _explained(self.folder):
             folder.mkdir(parents=True, exist_ok=True)
             for name, path in copies.items():
-                with contextlib.suppress(FileExistsError):
-                    os.link(path, folder / name)
+                _link(path, folder / name)
         return folder
 
     def _intact(self, path: Path, sha256: str, size: int | None) -> bool:
@@ -108,6 +107,17 @@ class ObjectCache:
             excess -= held
 
 
+def _link(copy: Path, name: Path) -> None:
+    """Give a copy a name. One of an earlier copy, which was damaged since and fetched anew, is replaced."""
+    try:
+        os.link(copy, name)
+    except FileExistsError:
+        if not name.samefile(copy):
+            new = name.with_name(f".{name.name}.{secrets.token_hex(4)}.tmp")
+            os.link(copy, new)
+            new.replace(name)
+
+
 def _copies(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     for path in folder.glob("[!.]*"):
         # Another process may remove a copy at any moment.
@@ -145,5 +155,5 @@ def _limit_from_environment() -> int:
         return DEFAULT_LIMIT
     try:
         return int(float(stated) * (1 << 30))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # the latter for "inf"
         raise ValueError(f"MINICODFORMER_SHARD_CACHE_GB must be a number of GiB, not {stated!r}") from error

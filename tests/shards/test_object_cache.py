@@ -83,6 +83,19 @@ def test_a_copy_that_was_damaged_here_is_fetched_anew(tmp_path: Path, remote: Re
     assert remote.fetched == [1, 1]
 
 
+def test_a_folder_of_names_follows_a_copy_that_is_fetched_anew(tmp_path: Path, remote: Remote) -> None:
+    names = []
+    for _ in range(2):
+        cache = ObjectCache(tmp_path, limit=10 * KIB)
+        path = remote.path(cache, 1)
+        folder = cache.folder_of({"tokenizer.json": path})
+        assert (folder / "tokenizer.json").read_bytes() == remote.content(1)
+        names.append([path.name for path in folder.iterdir()])
+        path.write_bytes(b"\0" * KIB)
+    assert names == [["tokenizer.json"]] * 2
+    assert remote.fetched == [1, 1]
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * KIB, b"\1" * (KIB - 1)])
 def test_what_arrives_damaged_is_refused_and_not_kept(tmp_path: Path, remote: Remote, content: bytes) -> None:
     cache = ObjectCache(tmp_path, limit=10 * KIB)
@@ -146,8 +159,9 @@ def test_folder_and_limit_come_from_the_environment(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("MINICODFORMER_SHARD_CACHE_GB", "0.5")
     assert default_folder() == tmp_path / "shards"
     assert (ObjectCache().folder, ObjectCache().limit) == (tmp_path / "shards", 1 << 29)
-    monkeypatch.setenv("MINICODFORMER_SHARD_CACHE_GB", "plenty")
-    with pytest.raises(ValueError, match="plenty"):
-        ObjectCache()
+    for senseless in ("plenty", "inf", "nan"):
+        monkeypatch.setenv("MINICODFORMER_SHARD_CACHE_GB", senseless)
+        with pytest.raises(ValueError, match=f"must be a number of GiB, not '{senseless}'"):
+            ObjectCache()
     with pytest.raises(ValueError, match="holds nothing"):
         ObjectCache(limit=0)
