@@ -39,6 +39,10 @@ class ColumnsInfo:
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        if type(self.bytes) is not int or self.bytes < 1:
+            raise ValueError(f"a file of columns has a whole number of bytes, not {self.bytes!r}")
+
     @property
     def name(self) -> str:
         return f"{FOLDER}/{self.sha256}.arrow"

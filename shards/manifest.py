@@ -170,8 +170,6 @@ def read_manifest(location: Location) -> Manifest:
         )
         for shard in manifest.shards:
             require_name(shard.name)
-            if min(shard.records, shard.positions, shard.bytes) < 1:
-                raise ValueError(f"{shard.name} is empty")
         for name in manifest.teacher_files:
             require_name(name, _TEACHER_FILE)
         if manifest.tables not in (None, _tables_of(contract)):

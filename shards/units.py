@@ -47,6 +47,12 @@ class ShardInfo:
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        if any(type(value) is not str for value in (self.name, self.split, self.sha256)):
+            raise ValueError(f"name, split and sha256 of a shard must be text, not {self!r}")
+        if any(type(count) is not int or count < 1 for count in (self.records, self.positions, self.bytes)):
+            raise ValueError(f"{self.name} must have whole numbers of records, positions and bytes, from 1")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:

@@ -160,9 +160,29 @@ def reseal(path: Path, change: Any) -> None:
     path.write_bytes(sealed(document))
 
 
+def in_shard(**changes: object) -> Any:
+    """Totals follow, so that nothing but the change itself is wrong."""
+
+    def change(document: Any) -> None:
+        document["shards"][0].update(changes)
+        for name in ("records", "positions", "bytes"):
+            document["totals"][name] = sum(shard[name] for shard in document["shards"])
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
+        (in_shard(split=["x"]), Corrupt),
+        (in_shard(split=None), Corrupt),
+        (in_shard(records=2.5), Corrupt),
+        (in_shard(records=1.0), Corrupt),
+        (in_shard(bytes=True), Corrupt),
+        (in_shard(positions=0), Corrupt),
+        (lambda document: document["columns"].update(bytes="7"), Corrupt),
+        (lambda document: document["columns"].update(bytes=True), Corrupt),
+        (lambda document: document["columns"].update(bytes=-1), Corrupt),
         (lambda document: document["shards"][0].update(name="../outside.arrow"), Corrupt),
         (lambda document: document["shards"][0].update(name="/etc/passwd"), Corrupt),
         (lambda document: document["teacher_files"].update({"../x": "0"}), Corrupt),
