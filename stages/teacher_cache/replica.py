@@ -119,8 +119,14 @@ class InProcess:
                 self._shrink(error)
 
     def full(self, samples: Sequence[Sample]) -> Iterator[tuple[Record, Float32]]:
-        for sample, (signal, logprobs_NV) in zip(samples, self._engine.full(samples), strict=False):
-            yield to_record(sample, signal), logprobs_NV.numpy()
+        try:
+            for sample, (signal, logprobs_NV) in zip(samples, self._engine.full(samples), strict=False):
+                yield to_record(sample, signal), logprobs_NV.numpy()
+        except Exception as error:
+            # Whole distributions take more than a capture does, which is finished by now: no reason to fail it.
+            if _is_out_of_memory(error):
+                raise ReplicaDied(_first_line(error)) from error
+            raise
 
     def close(self) -> None:
         self._engine.close()

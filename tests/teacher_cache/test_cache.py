@@ -19,7 +19,7 @@ from shards.manifest import is_sealed, read_manifest
 from shards.reader import ShardSet
 from stages.corpus.sample import Sample
 from stages.errors import StageError
-from stages.events import Event, Progress
+from stages.events import Event, Note, Progress
 from stages.teacher_cache import cache as cache_module
 from stages.teacher_cache import job as job_module
 from stages.teacher_cache.measure import read_fidelity
@@ -252,6 +252,22 @@ def test_a_set_whose_engine_tells_no_distributions_is_sealed_without_a_measure(
     manifest = recorded.fill(tmp_path, teacher)
     assert "fidelity.json" not in manifest.teacher_files
     assert read_fidelity(tmp_path) == {}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("worker: CUDA out of memory")])
+def test_memory_that_does_not_suffice_to_measure_costs_a_finished_set_only_the_measure(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(self: object, samples: list[Sample]) -> Iterator[object]:
+        raise error
+        yield
+
+    monkeypatch.setattr(recorded.RecordedEngine, "full", full)
+    events: list[Event] = []
+    manifest = recorded.fill(tmp_path, teacher, emit=events.append)
+    assert "fidelity.json" not in manifest.teacher_files
+    said = [event.text for event in events if isinstance(event, Note) and event.level == "warning"]
+    assert said == [f"the replica died while fidelity was measured: {error}"]
 
 
 def test_units_of_another_size_are_refused(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:
