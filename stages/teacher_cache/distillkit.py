@@ -176,6 +176,8 @@ def read_row(found: Mapping[str, Any], layout: Layout, *, pad_id: int) -> Row:
         raise ValueError("several samples are packed into the row: import what they were packed from")
     tokens = np.asarray(found["input_ids"]).astype(np.int32)
     packed_NB, indices_NB = (np.asarray(found[name], np.uint8) for name in COLUMNS[1:])
+    if not len(tokens):
+        raise ValueError("there are no tokens")
     if not len(packed_NB) == len(indices_NB) <= len(tokens):
         raise ValueError(f"{len(tokens)} tokens, {len(packed_NB)} and {len(indices_NB)} positions")
     tokens = tokens[: len(packed_NB) + 1]

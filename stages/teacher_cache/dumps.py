@@ -104,7 +104,7 @@ def import_dump(
 
 def read_dump(dump: Path, contract: Contract) -> Iterator[tuple[str, Record, int]]:
     """Split, record, and how many bytes are read by then, of each line. Raises StageError naming the line."""
-    number, done = 0, 0
+    number, done, seen = 0, 0, dict[str, int]()
     with dump.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             done += len(line)
@@ -114,6 +114,8 @@ def read_dump(dump: Path, contract: Contract) -> Iterator[tuple[str, Record, int
                 if split not in SPLITS:
                     raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
                 require_valid(record, contract)
+                if (first := seen.setdefault(record.sample_id, number)) != number:
+                    raise ValueError(f"its sample {record.sample_id!r} is that of line {first} already")
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, InvalidRecord) as error:
                 raise StageError(
                     f"{dump}, line {number}: {error}",
@@ -134,7 +136,7 @@ def parquet_files(folder: Path) -> list[Path]:
 
 def read_parquet(folder: Path, contract: Contract) -> Iterator[tuple[str, Record, int]]:
     """As `read_dump`, of what DistillKit wrote. Raises StageError naming the file and the row."""
-    layout, k, done = read_layout(folder), contract.selection.k, 0
+    layout, k, done, rows = read_layout(folder), contract.selection.k, 0, 0
     if layout.k < k:
         raise StageError(f"{folder} holds {layout.k} ids a position, not {k}", hint=f"--k {layout.k} or fewer")
     for path in parquet_files(folder):
@@ -156,7 +158,9 @@ def read_parquet(folder: Path, contract: Contract) -> Iterator[tuple[str, Record
                 f"{path}, row {number}: {error}",
                 hint=f"each row must be one sample, compressed as {CONFIG_FILE} says, with ids of this teacher",
             ) from error
-        done += size
+        done, rows = done + size, rows + number
+    if not rows:
+        raise StageError(f"the .parquet of {folder} holds no row", hint="let DistillKit sample the teacher first")
 
 
 def _compressed(row: Row, name: str, k: int) -> Record:

@@ -19,7 +19,7 @@ from shards.manifest import Manifest
 from shards.reader import ShardSet
 from shards.verify import verify_shards
 from stages.errors import StageError
-from stages.teacher_cache.distillkit import CONFIG_FILE, read_layout, read_row
+from stages.teacher_cache.distillkit import COLUMNS, CONFIG_FILE, read_layout, read_row
 from stages.teacher_cache.dumps import import_dump
 
 GOLDEN = Path(__file__).parent / "golden" / "distillkit"
@@ -100,6 +100,7 @@ def test_labels_say_what_the_prompt_is_and_padding_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (lambda row: row.update({name: [] for name in COLUMNS}), "there are no tokens"),
         (lambda row: row["bytepacked_indices"].pop(), "12 tokens, 11 and 10 positions"),
         (lambda row: row["input_ids"].__setitem__(3, 300), "300"),
         (lambda row: row.update(compressed_logprobs=[each[:-1] for each in row["compressed_logprobs"]]), "31 bytes"),
@@ -139,6 +140,13 @@ def test_what_is_no_such_folder_is_refused(tmp_path: Path, dump: Path, dumped_te
 def test_the_older_layout_is_refused_by_name(tmp_path: Path, dump: Path, dumped_teacher: Path) -> None:
     pq.write_table(pa.table({"input_ids": [[1]], "packed_indices": [[[1]]]}), dump / "data_0.parquet")
     with pytest.raises(StageError, match="older layout"):
+        bring(dump, tmp_path / "set", dumped_teacher)
+
+
+def test_a_dump_without_rows_is_refused_by_name(tmp_path: Path, dump: Path, dumped_teacher: Path) -> None:
+    table = pq.read_table(dump / "data_0.parquet")
+    pq.write_table(table.slice(0, 0), dump / "data_0.parquet")
+    with pytest.raises(StageError, match=r"the \.parquet of .*dump holds no row"):
         bring(dump, tmp_path / "set", dumped_teacher)
 
 

@@ -130,6 +130,14 @@ def test_a_line_that_is_none_is_named(
     assert not list(tmp_path.glob("set/*.arrow"))
 
 
+def test_a_sample_that_occurs_twice_is_named_before_anything_is_written(tmp_path: Path, teacher: Path) -> None:
+    dumped = lines()
+    dumped[3]["id"] = dumped[1]["id"]
+    with pytest.raises(StageError, match="line 4: its sample 'sample 1' is that of line 2 already"):
+        bring(write(tmp_path / "dump.jsonl", dumped), tmp_path / "set", teacher)
+    assert not list(tmp_path.glob("set/*.arrow"))
+
+
 def test_import_cache_on_the_command_line(tmp_path: Path, teacher: Path) -> None:
     dump = write(tmp_path / "dump.jsonl", lines())
     words = ["import-cache", str(dump), str(tmp_path / "set"), "--teacher", str(teacher), "--k", str(K)]
