@@ -25,10 +25,6 @@ from shards.schema import MAX_ENTRIES
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-LEAST_BORDERS, PLACE_BORDER = (18, 23), 16
-"""Levels are coded in six contexts: by the least level of the position, and by the place of the id in its set."""
-TAIL_SCALE, TAIL_GUESS, NO_TAIL, MOST = 64, 1 / 3, 0, 60_000
-ENTROPY_SCALE = 256
 _KINDS = ("classes", "sizes", "least", "labels", "ids", "levels", "tail", "entropy")
 _FAULTS = (
     "",
@@ -157,13 +153,3 @@ def read_head(reader: Reader, labels_N: Numbers, tables: Tables, selection: Sele
         entropy_N=entropy_N if known else None,
         held=held,
     )
-
-
-assert (LEAST_BORDERS, PLACE_BORDER, TAIL_SCALE, TAIL_GUESS, MOST, ENTROPY_SCALE) == (
-    (18, 23),
-    16,
-    64,
-    1 / 3,
-    60_000,
-    256,
-), "as the loops of `head_loops.py` have them"

@@ -15,6 +15,13 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Keys = NDArray[np.uint32]
 
+_LOW_LEAST, _HIGH_LEAST, _LATE_PLACE = 18, 23, 16
+"""Levels are coded in six contexts: by the least level of the position, and by the place of the id in its set."""
+_TAIL_SCALE, _TAIL_GUESS, _MOST_STEPS = 64, 1 / 3, 60_000.0
+"""Steps of log(tail / head) to a nat; how far beyond the least entry times the size it is likely to be; most steps."""
+ENTROPY_SCALE = 256
+"""Steps to a nat."""
+
 
 @compiled
 def take_keys(
@@ -52,7 +59,7 @@ def take_keys(
 
 @compiled
 def _level_context(least: int, place: int) -> int:
-    return 2 * ((least >= 18) + (least >= 23)) + (place >= 16)
+    return 2 * ((least >= _LOW_LEAST) + (least >= _HIGH_LEAST)) + (place >= _LATE_PLACE)
 
 
 @compiled
@@ -91,7 +98,7 @@ def _outside(
     log_head, log_tail, rest = 0.0, -np.inf, 0.0
     if number > 0:
         steps = number >> 1 if number & 1 else -(number >> 1)
-        odds = steps / 64 + least_log + np.log(size / power) + 1 / 3
+        odds = steps / _TAIL_SCALE + least_log + np.log(size / power) + _TAIL_GUESS
         log_head, log_tail = -_softplus(odds), -_softplus(-odds)
         rest = np.exp(log_tail) * (log_vocab - 1 - log_tail)
     shift = log_head - np.log(power)
@@ -149,12 +156,12 @@ def take_outside(
             left = float(np.log(1 - mass)) if mass < 1 else -np.inf
         number = 0
         if left > -np.inf:
-            steps = 64 * (left - np.log(mass) - least_log - np.log(sizes_N[row] / power) - 1 / 3)
-            number = 1 + _folded(min(max(steps, -60_000.0), 60_000.0))
+            steps = _TAIL_SCALE * (left - np.log(mass) - least_log - np.log(sizes_N[row] / power) - _TAIL_GUESS)
+            number = 1 + _folded(min(max(steps, -_MOST_STEPS), _MOST_STEPS))
         decoded_N[row], _, likely = _outside(number, least_log, sizes_N[row], power, moment, log_vocab)
         tail_numbers_N[row] = number
         if tail_known:
-            entropy_numbers_N[row] = _folded(256 * (float(entropy_N[row]) - likely))
+            entropy_numbers_N[row] = _folded(ENTROPY_SCALE * (float(entropy_N[row]) - likely))
 
 
 @compiled
@@ -181,24 +188,13 @@ def read_keys(
 
     `rows_8` are the first rows of all kinds in their order; at most `most` ids are allocated for.
     """
-    count, held, width, others, none = len(labels_N), 0, 0, 0, (np.empty((0, 0), np.uint32), np.empty((3, 0)))
-    classes_N = _take(words, sides, states, places, slots, rows_8[0], count)
-    sizes_N = np.full(count, k - 1, np.int32)
-    if sized:
-        sizes_N = _take(words, sides, states, places, slots, rows_8[1], count)
-    least_N = _take(words, sides, states, places, slots, rows_8[2], count)
-    kept_N = _take(words, sides, states, places, slots, rows_8[3], count)
-    others_N = np.empty(count, np.int32)
-    for row in range(count):
-        sizes_N[row] += 1
-        others_N[row] = sizes_N[row] - (kept_N[row] > 0)
-        held, width, others = held + sizes_N[row], max(width, sizes_N[row]), max(others, others_N[row])
-        if classes_N[row] >= len(orders_CV):
-            return 1, held, classes_N, none[0], none[1]
-    if width > k or width * count > most:
-        return 2, held, classes_N, none[0], none[1]
+    count, (classes, bound), none = len(labels_N), orders_CV.shape, (np.empty((0, 0), np.uint32), np.empty((3, 0)))
+    fault, (held, width, others), (classes_N, sizes_N, others_N, least_N, kept_N) = _read_sizes(
+        words, sides, states, places, slots, rows_8, count, classes, k, most, sized
+    )
+    if fault:
+        return fault, held, classes_N, none[0], none[1]
     ranks_KN, above_KN = np.zeros((others, count), np.int32), np.zeros((others, count), np.int32)
-    bound = orders_CV.shape[1]
     if not fill_ranks(
         words, sides, states, places, slots, rows_8[4], next_steps, left_steps, others_N, bound, ranks_KN
     ):
@@ -232,6 +228,39 @@ def read_keys(
         log_vocab = np.log(bound)
         _fill_outside(tails_N, entropies_N, sizes_N, least_N, powers_2N, logs, log_vocab, outside_3N)
     return fault, held, classes_N, keys_NK, outside_3N
+
+
+@compiled
+def _read_sizes(
+    words: Words,
+    sides: Bytes,
+    states: States,
+    places: Places,
+    slots: Slots,
+    rows_8: Rows,
+    count: int,
+    classes: int,
+    k: int,
+    most: int,
+    sized: bool,
+) -> tuple[int, tuple[int, int, int], tuple[Numbers, Numbers, Numbers, Numbers, Numbers]]:
+    """The number of a fault or 0; how many ids are held, the most at a position and the most but its label; classes,
+    sizes, sizes without the label, least levels, and the numbers of labels."""
+    held, width, others = 0, 0, 0
+    classes_N = _take(words, sides, states, places, slots, rows_8[0], count)
+    sizes_N = np.full(count, k - 1, np.int32)
+    if sized:
+        sizes_N = _take(words, sides, states, places, slots, rows_8[1], count)
+    least_N = _take(words, sides, states, places, slots, rows_8[2], count)
+    kept_N = _take(words, sides, states, places, slots, rows_8[3], count)
+    others_N, known = np.empty(count, np.int32), True
+    for row in range(count):
+        sizes_N[row] += 1
+        others_N[row] = sizes_N[row] - (kept_N[row] > 0)
+        held, width, others = held + sizes_N[row], max(width, sizes_N[row]), max(others, others_N[row])
+        known &= classes_N[row] < classes
+    fault = 1 if not known else 2 if width > k or width * count > most else 0
+    return fault, (held, width, others), (classes_N, sizes_N, others_N, least_N, kept_N)
 
 
 @compiled
@@ -303,7 +332,7 @@ def _fill_outside(
         )
         if len(entropies_N):
             folded = entropies_N[row]
-            outside_3N[1, row] = likely + ((folded >> 1) ^ -(folded & 1)) / 256
+            outside_3N[1, row] = likely + ((folded >> 1) ^ -(folded & 1)) / ENTROPY_SCALE
 
 
 @compiled
