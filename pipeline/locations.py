@@ -29,7 +29,15 @@ def new_set(text: str) -> Path | str:
     hint = f"give a folder, or an {_STORES} URL"
     place = _place(text, hint)
     if isinstance(place, Path) and place.exists() and not place.is_dir():
-        raise UsageError(f"no set can be made at {text}: it is a file", hint=hint)
+        raise UsageError(f"nothing can be made at {text}: it is a file", hint=hint)
+    return place
+
+
+def new_folder(text: str) -> Path:
+    """Where files are written that are no set. Raises as `new_set`, and UsageError for any URL."""
+    place = new_set(text)
+    if isinstance(place, str):
+        raise UsageError(f"{text} is no folder", hint="write to a folder, then copy it there")
     return place
 
 

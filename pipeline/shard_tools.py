@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import figures
 from pipeline.errors import UsageError, as_usage
-from pipeline.locations import new_set, standing_set
+from pipeline.locations import new_folder, new_set, standing_set
 from pipeline.sinks import listening
 from shards.contract import Selection
 from shards.export import FORMATS, export_parquet
@@ -18,13 +18,13 @@ from shards.reselect import reselect_set
 from stages.events import Progress
 
 
-def export(place: str, target: Path, *, kind: str) -> list[str]:
+def export(place: str, target: str, *, kind: str) -> list[str]:
     """Decode a set into files of another format. Raises UsageError for a format that is none, or a foreign target."""
     if kind not in FORMATS:
         raise UsageError(f"no format {kind!r}", hint=f"there is --to {', '.join(FORMATS)}")
-    source = standing_set(place)
+    source, folder = standing_set(place), new_folder(target)
     with _told("export-shards") as progress, as_usage("give an empty or a new folder"):
-        report = export_parquet(source, target, progress=progress)
+        report = export_parquet(source, folder, progress=progress)
     kept = report.files - report.written
     there = f", {kept} of them there before" if kept else ""
     return [

@@ -53,7 +53,7 @@ def verify_shards(
 
 def export_shards(
     path: Annotated[str, typer.Argument(help="The folder or URL of a shard set.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write to.")],
+    target: Annotated[str, typer.Argument(help="The folder to write to.")],
     kind: Annotated[str, typer.Option("--to", help="The format: parquet.")] = "parquet",
 ) -> None:
     """Decode a shard set into files that other tools read.

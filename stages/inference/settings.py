@@ -22,3 +22,5 @@ class GenerationSettings:
             raise ValueError("generation: prompts >= 0, checked >= 0, max_new_tokens >= 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("generation: temperature >= 0, 0 < top_p <= 1")
+        if self.seed < 0:
+            raise ValueError(f"generation.seed must be a whole number from 0, not {self.seed}")

@@ -43,7 +43,7 @@ def test_a_url_of_another_kind_is_none(kind: Callable[[str], Any]) -> None:
 VERBS: dict[str, Callable[[str], Any]] = {
     "verify-shards": lambda place: inspection.verify(place, set_aside=False, as_json=False),
     "estimate": lambda place: estimate(place, 5, rate=None, machines=1, price=None, as_json=False),
-    "export-shards": lambda place: shard_tools.export(place, Path("out"), kind="parquet"),
+    "export-shards": lambda place: shard_tools.export(place, "out", kind="parquet"),
     "copy-shards": lambda place: shard_tools.copy(place, "out"),
     "merge": lambda place: shard_tools.merge([place, place], "out"),
     "reselect": lambda place: shard_tools.reselect(place, "out", k=1, mass=None, floor=None),
@@ -65,10 +65,11 @@ def test_a_set_is_made_in_no_file(file: str, finished_run: Path) -> None:
     for make in (
         lambda: shard_tools.copy(shards, file),
         lambda: shard_tools.merge([shards], file),
+        lambda: shard_tools.export(shards, file, kind="parquet"),
         lambda: shard_tools.reselect(shards, file, k=1, mass=None, floor=None),
         lambda: steps.place_of(RunFolder(finished_run), file),
     ):
-        with pytest.raises(UsageError, match=r"no set can be made at .*: it is a file"):
+        with pytest.raises(UsageError, match=r"nothing can be made at .*: it is a file"):
             make()
 
 
@@ -76,6 +77,11 @@ def test_a_card_is_written_into_a_folder_only() -> None:
     with pytest.raises(UsageError, match="s3://a/b is no folder") as caught:
         share("s3://a/b")
     assert "copy-shards" in caught.value.hint
+
+
+def test_an_export_is_written_into_a_folder_only(finished_run: Path) -> None:
+    with pytest.raises(UsageError, match="s3://a/b is no folder"):
+        shard_tools.export(str(finished_run / "shards"), "s3://a/b", kind="parquet")
 
 
 def test_only_the_look_up_of_a_sample_is_the_users_mistake(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
