@@ -24,7 +24,7 @@ from shards.planes.attention import attention_streams, read_attention
 from shards.planes.curves import curve_streams, read_curve
 from shards.planes.draws import Draws, draw_streams, entropy_of_draws, read_draws
 from shards.planes.head import Head, head_streams, read_head
-from shards.planes.head_loops import ENTROPY_SCALE
+from shards.planes.head_writing import ENTROPY_SCALE
 from shards.planes.id_sets import choose_classes
 from shards.planes.numbers import Numbers, unzigzag, zigzag
 from shards.planes.rans import Stream

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from shards.contract import Selection
 from shards.errors import Corrupt
-from shards.planes.head_loops import fill_entries, read_keys, take_keys, take_levels, take_outside
+from shards.planes.head_reading import fill_entries, read_keys
+from shards.planes.head_writing import take_keys, take_levels, take_outside
 from shards.planes.id_sets import LEFT_STEPS, NEXT_STEPS, set_stream
 from shards.planes.numbers import Numbers
 from shards.planes.rans import Reader, Stream

@@ -1,4 +1,4 @@
-"""The compiled passes over the heads of N positions; see `head.py`."""
+"""The compiled passes that read heads of N positions: the inverse of `head_writing.py`."""
 
 from __future__ import annotations
 
@@ -6,71 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.compiled import compiled
+from shards.planes.head_writing import ENTROPY_SCALE, Float32, Float64, Keys, level_context, outside
 from shards.planes.id_sets import fill_places, fill_ranks
-from shards.planes.levels import nearest_level
 from shards.planes.numbers import Numbers
-from shards.planes.rans import Bytes, Contexts, Index, Places, Rows, Slots, States, Words, decode
-
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
-Keys = NDArray[np.uint32]
-
-_LOW_LEAST, _HIGH_LEAST, _LATE_PLACE = 18, 23, 16
-"""Levels are coded in six contexts: by the least level of the position, and by the place of the id in its set."""
-_TAIL_SCALE, _TAIL_GUESS, _MOST_STEPS = 64, 1 / 3, 60_000.0
-"""Steps of log(tail / head) to a nat; how far beyond the least entry times the size it is likely to be; most steps."""
-ENTROPY_SCALE = 256
-"""Steps to a nat."""
-
-
-@compiled
-def take_keys(
-    ids_NK: NDArray[np.int32],
-    roots_NK: Float32,
-    labels_N: Numbers,
-    ranks_CV: NDArray[np.uint32],
-    classes_N: Numbers,
-    steps: int,
-    borders: Float64,
-    highest: NDArray[np.uint8],
-    keys_NK: Keys,
-    sizes_N: Numbers,
-    least_N: Numbers,
-    kept_N: Numbers,
-) -> None:
-    """Rank and level of each id but the label, which has its own number: 0 where it is not kept."""
-    for row in range(np.uint64(len(ids_NK))):
-        class_, label, size = np.uint64(classes_N[row]), labels_N[row], 0
-        least: Index = 255
-        kept: Index = -1
-        for place in range(np.uint64(ids_NK.shape[1])):
-            id_ = ids_NK[row, place]
-            keys_NK[row, place] = 0xFFFFFFFF
-            if id_ >= 0:
-                level = nearest_level(np.float64(roots_NK[row, place]) * steps, borders, highest)
-                size += 1
-                least = min(level, least)
-                if id_ == label:
-                    kept = level
-                else:
-                    keys_NK[row, place] = ranks_CV[class_, np.uint64(id_)] << np.uint32(8) | np.uint32(level)
-        sizes_N[row], least_N[row], kept_N[row] = size, least, kept - least + 1 if kept >= 0 else 0
-
-
-@compiled
-def _level_context(least: int, place: int) -> int:
-    return 2 * ((least >= _LOW_LEAST) + (least >= _HIGH_LEAST)) + (place >= _LATE_PLACE)
-
-
-@compiled
-def take_levels(keys_NK: Keys, others_N: Numbers, least_N: Numbers, above: Numbers, contexts: Contexts) -> None:
-    index = 0
-    for place in range(keys_NK.shape[1]):
-        for row in range(len(keys_NK)):
-            if place < others_N[row]:
-                above[index] = np.int64(keys_NK[row, place] & np.uint32(255)) - least_N[row]
-                contexts[index] = _level_context(least_N[row], place)
-                index += 1
+from shards.planes.rans import Bytes, Index, Places, Rows, Slots, States, Words, decode
 
 
 @compiled
@@ -80,88 +19,10 @@ def _choose_rows(others_N: Numbers, least_N: Numbers, first: Index, rows: Rows) 
         more = False
         for row in range(len(others_N)):
             if place < others_N[row]:
-                rows[index] = first + _level_context(least_N[row], place)
+                rows[index] = first + level_context(least_N[row], place)
                 index += 1
                 more = True
         place += 1
-
-
-@compiled
-def _outside(
-    number: int, least_log: float, size: int, power: float, moment: float, log_vocab: float
-) -> tuple[float, float, float]:
-    """log tail, what brings log r^2 to log p, and the likely entropy.
-
-    `power` and `moment` are the sums of r^2 and r^2 log r^2 over the head. The tail is likely to weigh as much as the
-    head's least entry times its size, and to be spread evenly over about a third of the vocabulary.
-    """
-    log_head, log_tail, rest = 0.0, -np.inf, 0.0
-    if number > 0:
-        steps = number >> 1 if number & 1 else -(number >> 1)
-        odds = steps / _TAIL_SCALE + least_log + np.log(size / power) + _TAIL_GUESS
-        log_head, log_tail = -_softplus(odds), -_softplus(-odds)
-        rest = np.exp(log_tail) * (log_vocab - 1 - log_tail)
-    shift = log_head - np.log(power)
-    return log_tail, shift, rest - np.exp(shift) * (moment + shift * power)
-
-
-@compiled
-def _softplus(x: float) -> float:
-    """log(1 + e^x)."""
-    return max(x, 0.0) + float(np.log1p(np.exp(-abs(x))))
-
-
-@compiled
-def _folded(steps: float) -> int:
-    """Rounded; see `zigzag`."""
-    rounded = int(np.rint(steps))
-    return -2 * rounded - 1 if rounded < 0 else 2 * rounded
-
-
-@compiled
-def take_outside(
-    roots_NK: Float32,
-    keys_NK: Keys,
-    sizes_N: Numbers,
-    others_N: Numbers,
-    least_N: Numbers,
-    kept_N: Numbers,
-    log_tail_N: Float32,
-    entropy_N: Float32,
-    masses: Float64,
-    moments: Float64,
-    logs: Float64,
-    log_vocab: float,
-    tail_known: bool,
-    tail_numbers_N: Numbers,
-    entropy_numbers_N: Numbers,
-    decoded_N: Float64,
-) -> None:
-    """The numbers of tails and entropies, and the log tails that they will give."""
-    for row in range(len(keys_NK)):
-        mass = power = moment = 0.0
-        for place in range(sizes_N[row]):
-            mass += np.float64(roots_NK[row, place]) ** 2
-        for place in range(others_N[row]):
-            level = keys_NK[row, place] & np.uint32(255)
-            power += masses[level]
-            moment += moments[level]
-        least_log = logs[least_N[row]]
-        if kept_N[row] > 0:
-            level = least_N[row] + kept_N[row] - 1
-            power += masses[level]
-            moment += moments[level]
-        left = float(log_tail_N[row])
-        if not tail_known:
-            left = float(np.log(1 - mass)) if mass < 1 else -np.inf
-        number = 0
-        if left > -np.inf:
-            steps = _TAIL_SCALE * (left - np.log(mass) - least_log - np.log(sizes_N[row] / power) - _TAIL_GUESS)
-            number = 1 + _folded(min(max(steps, -_MOST_STEPS), _MOST_STEPS))
-        decoded_N[row], _, likely = _outside(number, least_log, sizes_N[row], power, moment, log_vocab)
-        tail_numbers_N[row] = number
-        if tail_known:
-            entropy_numbers_N[row] = _folded(ENTROPY_SCALE * (float(entropy_N[row]) - likely))
 
 
 @compiled
@@ -327,7 +188,7 @@ def _fill_outside(
 ) -> None:
     """Log tails, entropies where there are numbers of them, and shifts."""
     for row in range(len(sizes_N)):
-        outside_3N[0, row], outside_3N[2, row], likely = _outside(
+        outside_3N[0, row], outside_3N[2, row], likely = outside(
             tails_N[row], logs[least_N[row]], sizes_N[row], powers_2N[0, row], powers_2N[1, row], log_vocab
         )
         if len(entropies_N):
