@@ -43,10 +43,11 @@ def _listening(settings: ServerSettings) -> socket.socket:
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except OSError as error:
-        of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "that is no name of a host"
+        of_port = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
         hint = "choose another one with --port" if of_port else "name an address of this machine with --host"
-        raise StageError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", hint=hint) from error
+        raise StageError(f"cannot listen on {settings.host}:{settings.port}: {reason}", hint=hint) from error
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def test_what_cannot_be_served_is_refused_before_anything_listens(
     assert lines == []
 
 
-@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])  # a name of nothing, another machine's address
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "a..b"])  # the second is another machine's
 def test_an_address_that_is_not_here_is_refused_with_a_hint_at_the_host(student_folder: Path, host: str) -> None:
     with pytest.raises(StageError, match=f"cannot listen on {host}") as refused:
         serve([f"m={student_folder}"], pytest.fail, host=host)
