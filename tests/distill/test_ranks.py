@@ -39,7 +39,7 @@ def pair(start_ranks: StartRanks, tmp_path_factory: pytest.TempPathFactory) -> A
 
 
 def assert_close(outcome: Any, truth: Any, first: int) -> None:
-    assert sorted(outcome.losses) == list(range(first, 22))
+    assert sorted(outcome.losses) == list(range(first, max(truth.losses) + 1))
     for step, loss in outcome.losses.items():
         assert loss == pytest.approx(truth.losses[step], rel=1e-5)
         assert outcome.grad_norms[step] == pytest.approx(truth.grad_norms[step], rel=1e-3)
@@ -57,6 +57,15 @@ def test_T2_two_ranks_under_zero_3_train_as_one_does(alone: Any, pair: Any) -> N
         assert getattr(pair.result.validation, field) == pytest.approx(want, rel=1e-5)
     assert pair.result.validation.positions == alone.result.validation.positions
     assert pair.result.positions == alone.result.positions
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_T2_two_ranks_under_the_lower_stages_train_as_one_does(
+    zero_stage: int, undisturbed: Any, start_ranks: StartRanks, tmp_path: Path
+) -> None:
+    two = start_ranks(tmp_path, 2, zero_stage=zero_stage, checkpoint_every=1000, validate_every=1000).join()
+    assert two.result.ranks == 2
+    assert_close(two, undisturbed, first=1)
 
 
 def test_T2_two_ranks_measure_one_difficulty(start_ranks: StartRanks, train_here: TrainHere, tmp_path: Path) -> None:
@@ -81,10 +90,11 @@ def test_all_ranks_leave_a_finished_run_in_peace(pair: Any, start_ranks: StartRa
         assert outcome.exit_codes == [0, 0]
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("before", "after", "zero_stage"), [(2, 1, 3), (1, 2, 3), (2, 3, 3), (1, 2, 2)])
 def test_T4_another_world_size_resumes_with_every_groups_rate_and_decay(
     before: int,
     after: int,
+    zero_stage: int,
     alone: Any,
     pair: Any,
     start_ranks: StartRanks,
@@ -98,7 +108,7 @@ def test_T4_another_world_size_resumes_with_every_groups_rate_and_decay(
     # Rates and decays that differ in every group: were one group's applied to another, weights would part at once.
     groups = parameter_groups(fresh_student(ShardSet(shards), settings, shape), settings)
     assert len({(group["lr"], group["weight_decay"]) for group in groups}) == len(groups) > 6
-    resumed = start_ranks(tmp_path, after, **LONG).join()
+    resumed = start_ranks(tmp_path, after, **LONG, zero_stage=zero_stage).join()
     assert resumed.result.ranks == after
     assert_close(resumed, alone, first=11)
     accumulation = len(resumed.rates) // 11  # an engine is stepped after every micro-batch
