@@ -57,19 +57,19 @@ def take_keys(
 
 
 @compiled
-def level_context(least: int, place: int) -> int:
+def level_context(least: Index, place: Index) -> Index:
     return 2 * ((least >= _LOW_LEAST) + (least >= _HIGH_LEAST)) + (place >= _LATE_PLACE)
 
 
 @compiled
 def take_levels(keys_NK: Keys, others_N: Numbers, least_N: Numbers, above: Numbers, contexts: Contexts) -> None:
-    index = 0
-    for place in range(keys_NK.shape[1]):
-        for row in range(len(keys_NK)):
-            if place < others_N[row]:
+    index = np.uint64(0)
+    for place in range(np.uint64(keys_NK.shape[1])):
+        for row in range(np.uint64(len(keys_NK))):
+            if np.int64(place) < others_N[row]:
                 above[index] = np.int64(keys_NK[row, place] & np.uint32(255)) - least_N[row]
-                contexts[index] = level_context(least_N[row], place)
-                index += 1
+                contexts[index] = level_context(least_N[row], np.int64(place))
+                index += np.uint64(1)
 
 
 @compiled

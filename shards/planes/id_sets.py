@@ -69,13 +69,13 @@ assert (int(NEXT_STEPS[-1]) + 24 >> 3) + 1 == GAP_CONTEXTS, "as its contexts com
 
 @compiled
 def _choose(ids_NK: Numbers, costs_VW: NDArray[np.uint64], classes_N: Numbers) -> None:
-    lanes = np.empty(6, np.uint64)
-    for row in range(len(ids_NK)):
+    lanes, most = np.empty(6, np.uint64), np.uint64(min(ids_NK.shape[1], 64))
+    for row in range(np.uint64(len(ids_NK))):
         a = b = c = d = e = f = np.uint64(0)
-        for place in range(min(ids_NK.shape[1], 64)):
-            id_ = ids_NK[row, place]
-            if id_ < 0:
+        for place in range(most):
+            if ids_NK[row, place] < 0:
                 break
+            id_ = np.uint64(ids_NK[row, place])
             a += costs_VW[id_, 0]
             b += costs_VW[id_, 1]
             c += costs_VW[id_, 2]
@@ -105,22 +105,16 @@ def _context(least: Index, left: Index, next_steps: Bytes, left_steps: Bytes) ->
 def _take_gaps(
     ranks_NK: Numbers, sizes_N: Numbers, next_steps: Bytes, left_steps: Bytes, gaps: Numbers, contexts: Contexts
 ) -> None:
-    going, least_N = np.arange(len(sizes_N)), np.zeros(len(sizes_N), np.int64)
-    index, place, count = 0, 0, len(sizes_N)
-    while count:
-        still = 0
-        for at in range(count):
-            row = going[at]
-            left = sizes_N[row] - place
+    least_N, index = np.zeros(len(sizes_N), np.int64), np.uint64(0)
+    for place in range(np.uint64(ranks_NK.shape[1])):
+        for row in range(np.uint64(len(sizes_N))):
+            left = np.int64(sizes_N[row]) - np.int64(place)
             if left > 0:
-                going[still] = row
-                still += 1
+                rank = np.int64(ranks_NK[row, place])
                 contexts[index] = _context(least_N[row], left, next_steps, left_steps)
-                gaps[index] = ranks_NK[row, place] - least_N[row]
-                index += 1
-                least_N[row] = ranks_NK[row, place] + 1
-        count = still
-        place += 1
+                gaps[index] = rank - least_N[row]
+                index += np.uint64(1)
+                least_N[row] = rank + 1
 
 
 @compiled
