@@ -53,7 +53,7 @@ DEV_BATCH = 32
 
 TOP_40, TOP_50, TOP_12 = (Kept(selection=Selection(kind="topk", k=k)) for k in (40, 50, 12))
 SAMPLE_12 = Kept(selection=Selection(kind="sample", draws=12, logprobs=False))
-HYBRID = Kept(selection=Selection(kind="hybrid", k=16, draws=12))
+HYBRID, WIDE_HYBRID = (Kept(selection=Selection(kind="hybrid", k=k, draws=draws)) for k, draws in ((16, 12), (20, 14)))
 
 
 def objective(kd: str, **changes: Any) -> ObjectiveSettings:
@@ -82,8 +82,11 @@ SETTINGS: dict[str, Setting] = {
     BASE: Setting(kept=TOP_40, objective=objective("water_filled_kl")),
     "sample 12": Setting(kept=SAMPLE_12, objective=objective("sampled_kl")),
     "hybrid 16 + 12": Setting(kept=HYBRID, objective=objective("sampled_kl")),
+    "hybrid 20 + 14": Setting(kept=WIDE_HYBRID, objective=objective("sampled_kl")),
     "top 12, renormalised": Setting(kept=TOP_12, objective=objective("topk_kl_renormalised")),
+    "top 40, renormalised": Setting(kept=TOP_40, objective=objective("topk_kl_renormalised")),
     "top 50, renormalised": Setting(kept=TOP_50, objective=objective("topk_kl_renormalised")),
+    "top 50, tail bucket": Setting(kept=TOP_50, objective=objective("tail_bucket_kl")),
     "top 40, residual to label": Setting(kept=TOP_40, objective=objective("residual_to_label")),
     "temperature by difficulty": Setting(
         kept=replace(TOP_40, curve=NODES),
