@@ -96,7 +96,7 @@ def _coder_alone(
     ]
     return {
         "encode": lambda: [coder.pack(of_record) for of_record in streams],
-        "decode": lambda: [decode(*coder.reader(cell).source, codes, into) for cell, codes, into in given],
+        "decode": lambda: [decode(coder.reader(cell).source, codes, into) for cell, codes, into in given],
     }
 
 

@@ -27,7 +27,9 @@ def prepared_corpus(settings: CorpusSettings, target: Storage, emit: Emit) -> Co
 
     corpus = read_corpus(PROCESSED)
     if _begun_with(target) != corpus.fingerprint:
-        _require_made_from(settings, (read_commit(PROCESSED) or {})["inputs"], emit)
+        commit = read_commit(PROCESSED)
+        assert commit is not None, "a corpus that was read has its commit"
+        _require_made_from(settings, commit["inputs"], emit)
     return corpus
 
 

@@ -131,7 +131,9 @@ def describe(storage: Storage, name: str, contract: Contract, *, sha256: str | N
     Raises ContractMismatch where it was written under another contract, Corrupt, Truncated, Incomplete, StorageFailed.
     """
     try:
-        return (_in_folder if storage.exclusive else _in_store)(storage, name, contract, sha256)
+        if storage.exclusive:
+            return _in_folder(storage, name, contract, sha256)
+        return _in_store(storage, name, contract)
     except (Corrupt, Truncated) as error:
         raise type(error)(str(error), hint=_REMAKE) from error
 
@@ -145,7 +147,7 @@ def _in_folder(storage: Storage, name: str, contract: Contract, sha256: str | No
         return _described(shard, name, sha256 or storage.sha256(name))
 
 
-def _in_store(storage: Storage, name: str, contract: Contract, _: str | None) -> Published:
+def _in_store(storage: Storage, name: str, contract: Contract) -> Published:
     unit_name = f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json"
     document = read_sealed(storage, unit_name, hint="run stage one again: it goes on where it stopped")
     published = _from_document(document, contract, where=storage.where(unit_name), name=name)

@@ -127,7 +127,7 @@ def read_head(reader: Reader, labels_N: Numbers, tables: Tables, selection: Sele
     """The inverse of `head_streams`, classes first. Raises Corrupt."""
     levels, known = tables.levels, selection.tail_known
     fault, held, classes_N, keys_NK, (log_tail_N, entropy_N, shift_N) = read_keys(
-        *reader.source,
+        reader.source,
         reader.rows(_KINDS),
         NEXT_STEPS,
         LEFT_STEPS,

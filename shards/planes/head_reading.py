@@ -9,29 +9,22 @@ from shards.compiled import compiled
 from shards.planes.head_writing import ENTROPY_SCALE, Float32, Float64, Keys, level_context, outside
 from shards.planes.id_sets import fill_places, fill_ranks
 from shards.planes.numbers import Numbers
-from shards.planes.rans import Bytes, Index, Places, Rows, Slots, States, Words, decode
+from shards.planes.rans import Bytes, Index, Rows, Source, decode
 
 
 @compiled
 def _choose_rows(others_N: Numbers, least_N: Numbers, first: Index, rows: Rows) -> None:
-    index, place, more = 0, 0, True
-    while more:
-        more = False
-        for row in range(len(others_N)):
-            if place < others_N[row]:
-                rows[index] = first + level_context(least_N[row], place)
-                index += 1
-                more = True
-        place += 1
+    index = np.uint64(0)
+    for place in range(np.uint64(others_N.max())):
+        for row in range(np.uint64(len(others_N))):
+            if np.int64(place) < others_N[row]:
+                rows[index] = first + level_context(least_N[row], np.int64(place))
+                index += np.uint64(1)
 
 
 @compiled
 def read_keys(
-    words: Words,
-    sides: Bytes,
-    states: States,
-    places: Places,
-    slots: Slots,
+    source: Source,
     rows_8: Rows,
     next_steps: Bytes,
     left_steps: Bytes,
@@ -51,14 +44,12 @@ def read_keys(
     """
     count, (classes, bound), none = len(labels_N), orders_CV.shape, (np.empty((0, 0), np.uint32), np.empty((3, 0)))
     fault, (held, width, others), (classes_N, sizes_N, others_N, least_N, kept_N) = _read_sizes(
-        words, sides, states, places, slots, rows_8, count, classes, k, most, sized
+        source, rows_8, count, classes, k, most, sized
     )
     if fault:
         return fault, held, classes_N, none[0], none[1]
     ranks_KN, above_KN = np.zeros((others, count), np.int32), np.zeros((others, count), np.int32)
-    if not fill_ranks(
-        words, sides, states, places, slots, rows_8[4], next_steps, left_steps, others_N, bound, ranks_KN
-    ):
+    if not fill_ranks(source, rows_8[4], next_steps, left_steps, others_N, bound, ranks_KN):
         return 3, held, classes_N, none[0], none[1]
     leveled = np.int64(others_N.sum())
     rows = np.empty(leveled + (1 + tail_known) * count, np.uint16)
@@ -66,7 +57,7 @@ def read_keys(
     rows[leveled : leveled + count] = rows_8[6]
     rows[leveled + count :] = rows_8[7]
     numbers = np.empty(len(rows), np.int32)
-    decode(words, sides, states, places, slots, rows, numbers)
+    decode(source, rows, numbers)
     fill_places(numbers, others_N, above_KN)
     keys_NK = np.full((count, width), np.uint32(0xFFFFFFFF), np.uint32)
     powers_2N, outside_3N = np.empty((2, count)), np.empty((3, count))
@@ -93,11 +84,7 @@ def read_keys(
 
 @compiled
 def _read_sizes(
-    words: Words,
-    sides: Bytes,
-    states: States,
-    places: Places,
-    slots: Slots,
+    source: Source,
     rows_8: Rows,
     count: int,
     classes: int,
@@ -108,12 +95,12 @@ def _read_sizes(
     """The number of a fault or 0; how many ids are held, the most at a position and the most but its label; classes,
     sizes, sizes without the label, least levels, and the numbers of labels."""
     held, width, others = 0, 0, 0
-    classes_N = _take(words, sides, states, places, slots, rows_8[0], count)
+    classes_N = _take(source, rows_8[0], count)
     sizes_N = np.full(count, k - 1, np.int32)
     if sized:
-        sizes_N = _take(words, sides, states, places, slots, rows_8[1], count)
-    least_N = _take(words, sides, states, places, slots, rows_8[2], count)
-    kept_N = _take(words, sides, states, places, slots, rows_8[3], count)
+        sizes_N = _take(source, rows_8[1], count)
+    least_N = _take(source, rows_8[2], count)
+    kept_N = _take(source, rows_8[3], count)
     others_N, known = np.empty(count, np.int32), True
     for row in range(count):
         sizes_N[row] += 1
@@ -125,10 +112,10 @@ def _read_sizes(
 
 
 @compiled
-def _take(words: Words, sides: Bytes, states: States, places: Places, slots: Slots, row: Index, count: int) -> Numbers:
+def _take(source: Source, row: Index, count: int) -> Numbers:
     """A stream of one code."""
     rows, numbers = np.full(count, row, np.uint16), np.empty(count, np.int32)
-    decode(words, sides, states, places, slots, rows, numbers)
+    decode(source, rows, numbers)
     return numbers
 
 

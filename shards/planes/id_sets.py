@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shards.compiled import compiled
 from shards.errors import Corrupt
 from shards.planes.numbers import Numbers
-from shards.planes.rans import Bytes, Contexts, Index, Places, Reader, Slots, States, Stream, Words, decode
+from shards.planes.rans import Bytes, Contexts, Index, Reader, Source, Stream, decode
 from shards.planes.tables import GAP_CONTEXTS, MAX_CLASSES, MOST_COST, Tables
 
 ABSENT_RANK = 1 << 24
@@ -46,7 +46,7 @@ def set_stream(kind: str, ranks_NK: Numbers, sizes_N: Numbers) -> Stream:
 def read_sets(reader: Reader, kind: str, sizes_N: Numbers, bound: int) -> Numbers:
     """[K, N]: the ranks of sets of these sizes, all below `bound`; 0 beyond a set's size. Raises Corrupt."""
     ranks_KN = np.zeros((int(sizes_N.max(initial=0)), len(sizes_N)), np.int32)
-    if not fill_ranks(*reader.source, reader.row(kind), NEXT_STEPS, LEFT_STEPS, sizes_N, bound, ranks_KN):
+    if not fill_ranks(reader.source, reader.row(kind), NEXT_STEPS, LEFT_STEPS, sizes_N, bound, ranks_KN):
         raise Corrupt(f"a payload names a rank outside {bound}")
     return ranks_KN
 
@@ -119,11 +119,7 @@ def _take_gaps(
 
 @compiled
 def fill_ranks(
-    words: Words,
-    sides: Bytes,
-    states: States,
-    places: Places,
-    slots: Slots,
+    source: Source,
     first: Index,
     next_steps: Bytes,
     left_steps: Bytes,
@@ -143,7 +139,7 @@ def fill_ranks(
                 codes[count] = first + _context(least_N[row], left, next_steps, left_steps)
                 going[count] = row
                 count += np.uint64(1)
-        decode(words, sides, states, places, slots, codes[:count], gaps[:count])
+        decode(source, codes[:count], gaps[:count])
         for at in range(count):
             row = going[at]
             rank = least_N[row] + gaps[at]

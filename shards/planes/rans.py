@@ -157,7 +157,7 @@ class Reader:
         """The next stream, which holds `count` numbers below 2^24."""
         rows, numbers = np.full(count, self.row(kind), np.uint16), np.empty(count, np.int32)
         rows += np.uint16(contexts)
-        decode(*self.source, rows, numbers)
+        decode(self.source, rows, numbers)
         return numbers
 
     def end(self) -> None:
@@ -168,15 +168,14 @@ class Reader:
 
 
 @compiled
-def decode(
-    words: Words, sides: Bytes, states: States, places: Places, slots: Slots, rows: Rows, numbers: Numbers
-) -> None:
+def decode(source: Source, rows: Rows, numbers: Numbers) -> None:
     """Fill `numbers` in the codes of `rows`, and move states and places on.
 
     Any bytes are safe: a value has 12 bits, the index of a word is cut at the last, that of a side byte at the first.
     Symbols first, side bytes then: which symbols have one cannot be foreseen, and states need not wait to find out.
     Indices are unsigned: of a signed one it is asked each time whether it counts from the end.
     """
+    words, sides, states, places, slots = source
     turn, word, side = places[0], places[1], places[2]
     last_word, last_side = np.uint64(len(words) - 1), np.uint64(len(sides) - 1)
     for index in range(np.uint64(len(rows))):
