@@ -66,6 +66,7 @@ def export_shards(
 
 
 def estimate(
+    context: typer.Context,
     path: Annotated[str | None, typer.Argument(help="A small shard set, made as the planned one will be.")] = None,
     positions: Annotated[
         int | None, typer.Option("--positions", min=1, help="Response tokens of the planned set.")
@@ -92,16 +93,22 @@ def estimate(
     from pipeline.estimate import estimate as tell
     from pipeline.plan import Assumptions, told
 
-    given = {"a shard set": path, "--positions": positions, "--rate": rate, "--price": price}
-    unused = [name for name, value in given.items() if value is not None]
-    if plan and unused:
-        raise UsageError(f"--plan does not take {' or '.join(unused)}", hint="leave out either")
+    of_set, of_plan = ("path", "positions", "rate", "machines", "price"), ("peak", "utilisation", "store")
+    if void := [name for name in (of_set if plan else of_plan) if _was_given(context, name)]:
+        words = " and ".join("a shard set" if name == "path" else f"--{name}" for name in void)
+        raise UsageError(f"{words} can say nothing {'with' if plan else 'without'} --plan", hint="leave out either")
     if plan:
         print_lines(told(Assumptions(peak=peak, utilisation=utilisation, store=store), as_json=as_json))
     elif path is None or positions is None:
         raise UsageError("an estimate takes a shard set and --positions", hint="or --plan, which takes neither")
     else:
         print_lines(tell(path, positions, rate=rate, machines=machines, price=price, as_json=as_json))
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed, be it as its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def import_cache(

@@ -51,7 +51,9 @@ def test_help_names_every_verb_and_imports_nothing_heavy(cli) -> None:  # type: 
         (["generate", "one", "--file", "prompts.txt"], 2, "a prompt and --file cannot both be given"),
         (["compare", "--json", "--html", "page.html"], 2, "--html and --json cannot both be given"),
         (["inspect-shard", "shards", "--position", "3"], 2, "--position shows a token of a sample"),
-        (["estimate", "shards", "--plan", "--rate", "5"], 2, "--plan does not take a shard set or --rate"),
+        (["estimate", "shards", "--plan", "--rate", "5"], 2, "a shard set and --rate can say nothing with --plan"),
+        (["estimate", "--plan", "--machines", "1"], 2, "--machines can say nothing with --plan"),
+        (["estimate", "shards", "--positions", "9", "--peak", "5"], 2, "--peak can say nothing without --plan"),
     ],
 )
 def test_bad_input_is_one_clear_line_with_what_to_do(cli, words: list[str], code: int, said: str) -> None:  # type: ignore[no-untyped-def]
