@@ -137,6 +137,15 @@ def _build_section(section: str, values: Mapping[str, Any], where: str) -> Any:
         raise UsageError(f"{where}: {error}", hint=f"correct it in section [{section}]") from error
 
 
+def _is_unicode(text: str) -> bool:
+    """Foreign bytes of the command line are there as halves of characters, which no TOML can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _convert(value: Any, kind: Any, where: str) -> Any:
     """Check a TOML value against a field's type; an int is a float too, and "none" and "auto" stand where they may."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
@@ -155,6 +164,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return float(value)
     if type(value) is float and not math.isfinite(value):
         raise UsageError(f"{where} must be finite, not {value}", hint="write a number")
+    if type(value) is str and not _is_unicode(value):
+        raise UsageError(f"{where} must be UTF-8 text, not {value!r}", hint="rename the file, or write it in UTF-8")
     if type(value) is not kind:
         raise UsageError(f"{where} must be of type {kind.__name__}, not {value!r}", hint="see README.md, Recipes")
     return value

@@ -56,6 +56,7 @@ def test_the_fingerprint_sees_every_value() -> None:
         ("distill.pca_init=1", "distill.pca_init"),
         ("cache.attention_depths=0.5", "cache.attention_depths"),
         ("distill.offload_parameters=true", ""),
+        ("corpus.source=x\udcff", "corpus.source must be UTF-8 text"),
         ("generation.seed=-1", "generation.seed must be a whole number from 0, not -1"),
         ("distill.clip=inf", "distill.clip must be finite, not inf"),
         ("distill.learning_rate=nan", "distill.learning_rate must be finite, not nan"),
