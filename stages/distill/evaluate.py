@@ -107,5 +107,5 @@ def evaluate_model(
             start_token_id=shards.contract.start_token_id,
             micro_batch=micro_batch,
             emit=emit,
-            unit=f"batches of {split}",
+            unit=f"{split} batches",
         )

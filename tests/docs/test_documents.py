@@ -70,7 +70,7 @@ def test_every_key_of_the_student_is_in_its_table_with_its_default() -> None:
     assert told == {item.name: str(item.default).lower() for item in dataclasses.fields(StudentShape)}
 
 
-def test_the_two_readmes_say_the_same_commands_and_link_the_same_places() -> None:
+def test_the_two_readmes_say_the_same_commands_show_the_same_lines_and_link_the_same_places() -> None:
     english, chinese = ((ROOT / name).read_text("utf-8") for name in ("README.md", "README.zh.md"))
 
     def commands(text: str) -> list[str]:
@@ -78,6 +78,8 @@ def test_the_two_readmes_say_the_same_commands_and_link_the_same_places() -> Non
         return [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
 
     assert commands(english) == commands(chinese)
+    summary = re.compile(r"```text\n(the demo's summary\n.*?)```", re.DOTALL)
+    assert summary.findall(english) == summary.findall(chinese) != []
     assert len(re.findall(r"^## ", english, re.MULTILINE)) == len(re.findall(r"^## ", chinese, re.MULTILINE))
     own = {"README.md", "README.zh.md"}
     assert set(LINK.findall(english)) - own == set(LINK.findall(chinese)) - own
