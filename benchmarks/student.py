@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from benchmarks.record import Row, compare, parser, write
+from stages.distill.compiled_scan import compile_scans, scan_compiled
 from stages.inference.few_rows import expect_few_rows
 from stages.inference.stepping import DecoderState, advance, encode, fresh
 from stages.student.model import MiniCodformerForConditionalGeneration, build_student
@@ -111,10 +112,12 @@ def scan_rows(cases: Cases) -> Iterator[Row]:
             share = torch.full(query.shape[:-1], 0.3)
             return scan_delta_chunked(query, F.normalize(key, dim=-1), value, decay.mean(-1), share, share)[0]
 
-        ours = spent[steps] = trained(lambda inputs=inputs: scan_chunked(*inputs)[0], runs)
+        ours = spent[steps] = trained(lambda inputs=inputs: scan_compiled(*inputs)[0], runs)
         if steps in cases.looped:
             loop = trained(lambda inputs=inputs: scan_naive(*inputs)[0], 1)
             yield compare(case, metric, "ms", ours, loop, "the same, looped", bound=40 if steps == 2048 else None)
+        in_chunks = trained(lambda inputs=inputs: scan_chunked(*inputs)[0], runs)
+        yield compare(case, metric, "ms", ours, in_chunks, "in chunks, torch alone")
         bound = 4 if steps == 4096 else None
         yield compare(case, metric, "ms", ours, trained(attention, runs), "causal SDPA", bound=bound)
         yield compare(case, metric, "ms", ours, trained(lambda hidden=hidden: gru(hidden)[0], runs), "nn.GRU 256")
@@ -137,6 +140,7 @@ def exponent(spent: dict[int, float]) -> float:
 def layer_rows(cases: Cases) -> Iterator[Row]:
     """A whole decoder layer, forward and backward, beside a Llama layer of the same width that reads the prompt too."""
     student = make_student()
+    compile_scans(student)
     layer = student.model.decoder.layers[0]
     config = LlamaConfig(hidden_size=WIDTH, intermediate_size=688, num_attention_heads=HEADS, num_hidden_layers=1)
     config._attn_implementation = "sdpa"

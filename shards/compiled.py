@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from pathlib import Path
 from threading import Lock
 from types import FunctionType
@@ -23,11 +23,16 @@ Stamp = tuple[int, int]
 
 
 class Compiled(Generic[P, T]):
-    """A function of numpy arrays and numbers. Its indices are not checked."""
+    """A function of numpy arrays and numbers. Its indices are not checked.
 
-    def __init__(self, function: Callable[P, T]) -> None:
+    With `exact` it rounds as it is written, on every machine alike; without, sums are taken in whatever order is
+    fastest, and products go into them unrounded.
+    """
+
+    def __init__(self, function: Callable[P, T], *, exact: bool = True) -> None:
         assert isinstance(function, FunctionType)
         self._function = function
+        self._exact = exact
         self._source = Path(function.__code__.co_filename)
         self._loaded = _stamp(self._source)
         self._ready: Callable[P, T] | None = None
@@ -41,7 +46,7 @@ class Compiled(Generic[P, T]):
         with self._first:  # of several threads one compiles, the others wait for it
             if self._ready is None:
                 called = {name: loop._compiled() for name, loop in self._called()}
-                self._ready = _compile(self._function, called, self._of())
+                self._ready = _compile(self._function, called, self._of(), self._exact)
             return self._ready
 
     def _called(self) -> list[tuple[str, Compiled[..., Any]]]:
@@ -58,6 +63,7 @@ class Compiled(Generic[P, T]):
 
 
 compiled = Compiled
+compiled_freely = partial(Compiled, exact=False)
 
 
 def _stamp(source: Path) -> Stamp:
@@ -69,7 +75,7 @@ def _stamp(source: Path) -> Stamp:
     return found.st_mtime_ns, found.st_size
 
 
-def _compile(function: FunctionType, called: dict[str, Any], stamps: list[Stamp] | None) -> Any:
+def _compile(function: FunctionType, called: dict[str, Any], stamps: list[Stamp] | None, exact: bool) -> Any:
     """With the loops that it calls in the place of their names; nothing is kept where there are no stamps."""
     from numba import njit
     from numba.core.caching import FunctionCache
@@ -91,7 +97,10 @@ def _compile(function: FunctionType, called: dict[str, Any], stamps: list[Stamp]
 
     space = function.__globals__ | called
     loop = njit(
-        FunctionType(function.__code__, space, function.__name__, function.__defaults__), nogil=True, forceinline=True
+        FunctionType(function.__code__, space, function.__name__, function.__defaults__),
+        nogil=True,
+        forceinline=True,
+        fastmath=False if exact else {"contract", "nsz", "reassoc"},
     )
     if stamps is not None:
         with suppress(RuntimeError):  # no folder can be written

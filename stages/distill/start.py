@@ -15,6 +15,7 @@ from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR
 from shards.reader import ShardSet, Split
 from stages.distill.answers import Respondent
 from stages.distill.checkpoint import CheckpointFolder, Milestone
+from stages.distill.compiled_scan import compile_scans
 from stages.distill.engine import Engine, TrainingState
 from stages.distill.losses.fused import BLOCK_ROWS
 from stages.distill.memory import free_device_bytes, free_host_bytes
@@ -68,6 +69,8 @@ def begin(
     with _settings_explained():
         order = _order(train, shards.contract, settings)
         student = fresh_student(shards, settings, shape)
+        if world.device.type == "cpu":
+            compile_scans(student)
         module = DistillModule(student, objective, shards.contract)
         work = _workload(student, order, precision, world, need_attention=needs_attention(objective, shards.contract))
         placement, reason = choose(settings, precision, work, _room(world))

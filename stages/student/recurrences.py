@@ -85,12 +85,18 @@ class Recurrence(nn.Module, ABC):
         return torch.sigmoid(-self.rho.float()).view(gate.shape[2:]), MAX_CONDUCTANCE * torch.sigmoid(gate + bias)
 
 
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
 class DiagonalRecurrence(Recurrence):
     """One whose state decays along its keys alone: a subclass says what of the command neurons enters the scan."""
 
+    scan: Scan = staticmethod(scan_chunked)
+    """What computes `scan_naive` over more than one step where fla's kernels do not serve."""
+
     def forward(self, command_BTX: Tensor, real_BT: Tensor | None, state_BHEF: Tensor | None) -> tuple[Tensor, Tensor]:
         inputs = self._inputs(command_BTX, 1.0 if real_BT is None else real_BT[..., None, None].float())
-        scan = scan_naive if command_BTX.shape[1] == 1 else scan_fla if fla_serves(inputs[0]) else scan_chunked
+        scan = scan_naive if command_BTX.shape[1] == 1 else scan_fla if fla_serves(inputs[0]) else self.scan
         output_BTHF, state_BHEF = scan(*inputs, state_BHEF)
         return output_BTHF.flatten(-2), state_BHEF
 

@@ -1,4 +1,4 @@
-"""O3: the chunked scan is the naive one, in outputs, last state and every gradient."""
+"""O3: the scan in chunks and the compiled one are the naive one, in outputs, last state and every gradient."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stages.distill.compiled_scan import compile_scans, scan_compiled
+from stages.distill.scan_loops import SPAN
+from stages.student.config import MiniCodformerConfig
+from stages.student.recurrences import MatrixRecurrence
 from stages.student.scan_chunked import SEGMENT, scan_chunked
 from stages.student.scan_naive import scan_naive
+
+each_scan = pytest.mark.parametrize("scan", [scan_chunked, scan_compiled])
 
 
 def draw(
@@ -33,54 +39,78 @@ def run_with_gradients(scan, inputs) -> tuple[Tensor, ...]:
     return output.detach(), state.detach(), *gradients
 
 
+@each_scan
 @settings(max_examples=40, deadline=None)
 @given(steps=st.integers(1, 200), with_state=st.booleans(), seed=st.integers(0, 1000))
-def test_O3_chunked_equals_naive_for_any_length(steps, with_state, seed):
+def test_O3_a_scan_equals_naive_for_any_length(scan, steps, with_state, seed):
     inputs = draw(steps, seed=seed)[: 5 if with_state else 4]
-    for mine, expected in zip(
-        run_with_gradients(scan_chunked, inputs), run_with_gradients(scan_naive, inputs), strict=True
-    ):
+    for mine, expected in zip(run_with_gradients(scan, inputs), run_with_gradients(scan_naive, inputs), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
 
 
-def test_O3_a_sequence_of_several_segments_is_one_scan():
+@each_scan
+def test_O3_a_sequence_of_several_segments_is_one_scan(scan):
     inputs = list(draw(2 * SEGMENT + 37, heads=1, keys=2, values=1))
     inputs[3] = inputs[3] * 1e-3  # what enters a segment reaches its end
-    for mine, expected in zip(
-        run_with_gradients(scan_chunked, inputs), run_with_gradients(scan_naive, inputs), strict=True
-    ):
+    for mine, expected in zip(run_with_gradients(scan, inputs), run_with_gradients(scan_naive, inputs), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_O3_gradcheck_across_a_chunk_border():
+@each_scan
+def test_O3_gradcheck_across_a_chunk_border(scan):
     query, key, value, log_decay, state = (
         tensor[:1].requires_grad_() for tensor in draw(67, heads=1, keys=2, values=1)
     )
-    assert torch.autograd.gradcheck(scan_chunked, (query, key, value, log_decay, state))
+    assert torch.autograd.gradcheck(scan, (query, key, value, log_decay, state))
 
 
+@each_scan
 @pytest.mark.parametrize("steps", [16, 64, 150])
-def test_O3_fastest_decay_stays_exact_in_fp32(steps):
+def test_O3_fastest_decay_stays_exact_in_fp32(scan, steps):
     inputs = list(draw(steps, dtype=torch.float32))
     inputs[3] = torch.full_like(inputs[3], -5.0)
     exact = run_with_gradients(scan_naive, [tensor.double() for tensor in inputs])
-    for mine, expected in zip(run_with_gradients(scan_chunked, inputs), exact, strict=True):
+    for mine, expected in zip(run_with_gradients(scan, inputs), exact, strict=True):
         torch.testing.assert_close(mine.double(), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_O3_long_memory_stays_exact_in_fp32():
+@pytest.mark.parametrize(("scan", "error"), [(scan_chunked, 1e-6), (scan_compiled, 2e-6)])
+def test_O3_long_memory_stays_exact_in_fp32(scan, error):
+    """In chunks decays are summed before they are exponentiated; step by step each is rounded, as in the loop."""
     inputs = list(draw(700, dtype=torch.float32))
     inputs[3] = inputs[3] * 1e-3
     exact = run_with_gradients(scan_naive, [tensor.double() for tensor in inputs])
-    for mine, expected in zip(run_with_gradients(scan_chunked, inputs), exact, strict=True):
-        assert (mine.double() - expected).norm() / expected.norm() < 1e-6
+    for mine, expected in zip(run_with_gradients(scan, inputs), exact, strict=True):
+        assert (mine.double() - expected).norm() / expected.norm() < error
 
 
+@each_scan
 @pytest.mark.parametrize("cut", [1, 63, 64, 65, 100])
-def test_O4_a_sequence_in_two_parts_equals_the_whole(cut):
+def test_O4_a_sequence_in_two_parts_equals_the_whole(scan, cut):
     *sequences, state = draw(130)
-    whole, last = scan_chunked(*sequences, state)
-    first, carried = scan_chunked(*(tensor[:, :cut] for tensor in sequences), state)
-    second, last_of_parts = scan_chunked(*(tensor[:, cut:] for tensor in sequences), carried)
+    whole, last = scan(*sequences, state)
+    first, carried = scan(*(tensor[:, :cut] for tensor in sequences), state)
+    second, last_of_parts = scan(*(tensor[:, cut:] for tensor in sequences), carried)
     torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(last_of_parts, last, rtol=1e-10, atol=1e-11)
+
+
+def test_O3_heads_that_threads_share_are_the_same_to_the_bit(monkeypatch):
+    inputs = draw(SPAN + 9, dtype=torch.float32, heads=5)
+    alone = run_with_gradients(scan_compiled, inputs)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for mine, expected in zip(run_with_gradients(scan_compiled, inputs), alone, strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_a_compiled_student_scans_by_loops(monkeypatch):
+    config = MiniCodformerConfig(vocab_size=9, hidden_size=32, num_attention_heads=2)
+    recurrence = MatrixRecurrence(config)
+    recurrence.initialize()
+    command = torch.randn(2, 21, 4 * 32, generator=torch.Generator().manual_seed(0))
+    expected, last = recurrence(command, None, None)
+    compile_scans(recurrence)
+    monkeypatch.setattr("stages.student.scan_chunked._ChunkedScan.apply", None)
+    read, state = recurrence(command, None, None)
+    torch.testing.assert_close(read, expected)
+    torch.testing.assert_close(state, last)
