@@ -69,8 +69,6 @@ def begin(
     with _settings_explained():
         order = _order(train, shards.contract, settings)
         student = fresh_student(shards, settings, shape)
-        if world.device.type == "cpu":
-            compile_scans(student)
         module = DistillModule(student, objective, shards.contract)
         work = _workload(student, order, precision, world, need_attention=needs_attention(objective, shards.contract))
         placement, reason = choose(settings, precision, work, _room(world))
@@ -81,6 +79,8 @@ def begin(
                 parameter.data.copy_(state.weights[name])
         elif settings.pca_init:
             _start_from_pca(student, shards, emit)
+        if world.device.type == "cpu":
+            compile_scans(student)  # once its size is measured, which is done without memory
         engine = Engine(module, settings, precision=precision, placement=placement, world=world)
     difficulty = RecordDifficulty(len(train), memory=settings.mining_memory) if settings.mining_share else None
     if state:
