@@ -80,7 +80,7 @@ doctor: setup ## what this machine has, and what to do about what it lacks
 
 .PHONY: evaluate
 evaluate: setup ## the finished student against the teacher on the validation split
-	@$(CLI) evaluate $(if $(NAME),--name $(NAME))
+	@$(CLI) evaluate $(if $(NAME),--name $(NAME)) $(if $(SHARDS),--shards $(SHARDS))
 
 .PHONY: card
 card: setup ## write the model card of a finished run, from its facts

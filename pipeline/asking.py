@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from pipeline.errors import UsageError, as_usage
 from pipeline.run import RunFolder
-from pipeline.steps import require_model, silence_loading_bars
+from pipeline.steps import silence_loading_bars
 
 if TYPE_CHECKING:
     from stages.inference.generate import Generation, SamplingOptions
@@ -18,10 +18,9 @@ _DRAWN = "a top-p above 0 and up to 1, a finite temperature from 0, a seed from 
 
 
 def generate(run: RunFolder, prompts: Sequence[str], **options: Unpack[SamplingOptions]) -> list[Generation]:
-    """Answer prompts with the run's student. Raises UsageError, PipelineError where the run has no model."""
+    """Answer prompts with the student of a finished run. Raises UsageError."""
     from stages.inference.generate import Student
 
-    require_model(run)
     require_sampling(options)
     silence_loading_bars()
     student = Student.load(run.final_model)

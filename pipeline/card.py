@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
 from pipeline.run import RunFolder, write_atomically
 from shards.units import file_sha256
 
@@ -50,10 +49,7 @@ def write_card(run: RunFolder) -> Path:
 
 def model_card(run: RunFolder) -> str:
     """The card's text. Raises PipelineError where the run has no final model."""
-    if not run.final_model.is_dir():
-        raise PipelineError(
-            f"{run.path} has no final model yet", hint="run make distill first; it resumes where it stopped"
-        )
+    run.require_model()
     training = _json(run.final_model / "training.json")
     config = _json(run.final_model / "config.json")
     summary = _summary_of_this_model(run)

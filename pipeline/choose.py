@@ -10,9 +10,7 @@ from pathlib import Path
 
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe, load
-from pipeline.run import RunFolder
-
-RUNS = Path("runs")
+from pipeline.run import RUNS, RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 from pipeline.errors import PipelineError, UsageError
 from pipeline.inspection import decoder
 from pipeline.json_output import json_text
+from pipeline.matching import known_split, require_same_tokens
 from pipeline.run import RunFolder
-from pipeline.steps import require_model, shards_of, silence_loading_bars
+from pipeline.steps import shards_of, silence_loading_bars
 from stages.distill.compare import ComparedToken, compare_record
 
 FULL_KL = 4.0
@@ -25,23 +26,16 @@ def compare(
     from shards.reader import ShardSet
     from stages.inference.generate import Student
 
-    require_model(run)
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise UsageError(f"no page can be written to {page}", hint="name a file in a folder that is there")
     silence_loading_bars()
     shard_set = ShardSet(shards_of(run, shards))
-    if split not in shard_set.splits:
-        raise UsageError(f"no split {split!r} in {shard_set.where}", hint=f"there is {', '.join(shard_set.splits)}")
-    records = shard_set.split(split)
+    require_same_tokens(run, shard_set)
+    split, name = known_split(shard_set, split)
+    records = shard_set.split(name)
     if not 0 <= record < len(records):
         raise UsageError(f"no record {record} in {split}", hint=f"count from 0 to {len(records) - 1}")
     student = Student.load(run.final_model)
-    if student.model.config.vocab_size != shard_set.contract.vocab_size:
-        raise PipelineError(
-            f"the student has {student.model.config.vocab_size:,} tokens, the shards' teacher "
-            f"{shard_set.contract.vocab_size:,}",
-            hint="name the shards that the student was trained from: --shards",
-        )
     chosen = records[record]
     decode = decoder(shard_set.teacher_folder)
     if decode is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 from pipeline.asking import UNANSWERABLE, require_sampling
 from pipeline.errors import as_usage
 from pipeline.run import RunFolder
-from pipeline.steps import require_model, silence_loading_bars
+from pipeline.steps import silence_loading_bars
 
 if TYPE_CHECKING:
     from stages.inference.generate import SamplingOptions
@@ -33,7 +33,6 @@ def converse(
     from stages.corpus.rows import Message
     from stages.inference.generate import Student
 
-    require_model(run)
     require_sampling(options)
     silence_loading_bars()
     student, said = Student.load(run.final_model), list[Message]()

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.errors import PipelineError
 from pipeline.launch import check_ranks, default_ranks, machine
 from pipeline.recipe import load
-from pipeline.run import RunFolder
+from pipeline.run import RUNS, RunFolder
 from pipeline.summary import demo_lines
 
 RECIPE = "smollm2-demo"
@@ -29,8 +29,9 @@ def run_demo(name: str, gpus: int | None) -> list[str]:
     start = time.monotonic()
     chosen = ["--recipe", RECIPE, "--name", name]
     here = machine()
-    ranks = default_ranks(here) if gpus is None else gpus
-    check_ranks(ranks, here, load(RECIPE).distill.global_batch)
+    batch = load(RECIPE).distill.global_batch
+    ranks = default_ranks(here, batch) if gpus is None else gpus
+    check_ranks(ranks, here, batch)
     for words in (
         ["prepare", *chosen],
         ["teacher-cache", *chosen],
@@ -44,4 +45,4 @@ def run_demo(name: str, gpus: int | None) -> list[str]:
                 f"the demo stopped at `{words[0]}` (exit code {code})",
                 hint="its own error is above; `make demo` again goes on from there",
             )
-    return demo_lines(RunFolder(Path("runs") / name), time.monotonic() - start)
+    return demo_lines(RunFolder(RUNS / name), time.monotonic() - start)

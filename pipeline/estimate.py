@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from pipeline import figures
 from pipeline.errors import as_usage
 from pipeline.json_output import json_text
 from pipeline.locations import standing_set
+from pipeline.run import RunFolder
 from shards.estimate import estimate_size
 
 
@@ -61,7 +61,7 @@ def _measured_rate(where: Path | str) -> float | None:
     if isinstance(where, str):
         return None
     try:
-        facts = json.loads((where.parent / "summary.json").read_text(encoding="utf-8"))["teacher_cache"]
+        facts = RunFolder(where.parent).summary()["teacher_cache"]
         return float(facts["captured"]) / float(facts["seconds"]) or None
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None

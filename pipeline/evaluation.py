@@ -16,44 +16,42 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.assets import teacher_folder
 from pipeline.card import write_card
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError
+from pipeline.matching import known_split, require_same_tokens, require_trained_on
 from pipeline.report import write_report
-from pipeline.run import RunFolder
+from pipeline.run import ELSEWHERE, RunFolder
 from pipeline.sinks import listening
-from pipeline.steps import require_model, shards_of, silence_loading_bars
+from pipeline.steps import shards_of, silence_loading_bars
 from pipeline.word_problems import SOURCE, final_answer
 from stages.events import Emit, Note
 
 if TYPE_CHECKING:
     from shards.contract import Contract
-    from shards.reader import ShardSet, Split
     from stages.distill.evaluate import EvaluationReport
     from stages.distill.own_text import TextReport
     from stages.distill.passages import Text
-
-SPLITS = {"validation": "dev", "train": "train"}
-"""As people call them, and as shards do."""
-ELSEWHERE = "evaluate_elsewhere"
-"""Where summary.json holds what was measured beside the standing report, by what it was measured on."""
 
 
 def evaluate(run: RunFolder, *, shards: str | None, teacher: bool = False) -> Mapping[str, Any]:
     """The standing report: the student against the teacher's cached distributions, and its answers to prompts.
 
     With `teacher`, the teacher is loaded too, for the KL over the whole vocabulary. Nothing is computed again for the
-    same model, shards and generation settings. Raises UsageError for a set that it was not trained on.
+    same model, shards and generation settings. Raises UsageError for a set that it was not trained on, or without a
+    validation split.
     """
     from shards.reader import ShardSet
     from stages.distill.evaluate import evaluate_model
+    from stages.distill.identity import shards_sha256
 
-    require_model(run)
     silence_loading_bars()
     with run.lock("evaluate"), listening(run.events) as emit:
         shard_set = ShardSet(shards_of(run, shards))
-        _require_own(run, shard_set)
+        require_same_tokens(run, shard_set)
+        require_trained_on(run, shard_set)
+        _, dev_name = known_split(shard_set, "validation")
         made_from = {
             "model_sha256": hashlib.sha256((run.final_model / "model.safetensors").read_bytes()).hexdigest(),
-            "corpus_fingerprint": shard_set.contract.corpus_fingerprint,
+            "shards_sha256": shards_sha256(shard_set),
             "generation": dataclasses.asdict(run.recipe().generation),
             "report": 3,  # what is measured; older reports lack some of it
         }
@@ -62,8 +60,8 @@ def evaluate(run: RunFolder, *, shards: str | None, teacher: bool = False) -> Ma
         if standing.get("made_from") == made_from and (whole or not teacher):
             emit(Note(stage="evaluate", text="the report of this model is up to date"))
             return dict(standing)
-        dev = shard_set.split("dev")
-        report, rate = _timed(lambda: evaluate_model(run.final_model, shard_set, emit=emit))
+        dev = shard_set.split(dev_name)
+        report, rate = _timed(lambda: evaluate_model(run.final_model, shard_set, split=dev_name, emit=emit))
         seen = evaluate_model(run.final_model, shard_set, split="train", records=len(dev), emit=emit)
         facts = {
             "validation": report,
@@ -82,18 +80,18 @@ def evaluate(run: RunFolder, *, shards: str | None, teacher: bool = False) -> Ma
 def evaluate_split(run: RunFolder, *, shards: str | None, split: str, teacher: bool = False) -> Mapping[str, Any]:
     """One split of a set of the student's tokenizer, whichever it was trained on.
 
-    Raises UsageError for no such split, PipelineError for another tokenizer or, with `teacher`, another teacher.
+    Raises UsageError for no such split, PipelineError for other tokens or, with `teacher`, another teacher.
     """
     from shards.reader import ShardSet
     from stages.distill.evaluate import evaluate_model
 
-    require_model(run)
     silence_loading_bars()
     with run.lock("evaluate"), listening(run.events) as emit:
         shard_set = ShardSet(shards_of(run, shards))
-        _require_tokenizer(run, shard_set)
-        records = _split(shard_set, split)
-        report, rate = _timed(lambda: evaluate_model(run.final_model, shard_set, split=SPLITS[split], emit=emit))
+        require_same_tokens(run, shard_set)
+        split, name = known_split(shard_set, split)
+        records = shard_set.split(name)
+        report, rate = _timed(lambda: evaluate_model(run.final_model, shard_set, split=name, emit=emit))
         facts = {
             **report,
             "whole": _beside_teacher(run, records, shard_set.contract, emit) if teacher else None,
@@ -114,7 +112,6 @@ def evaluate_rows(run: RunFolder, source: Path, *, teacher: bool = False) -> Map
     from stages.distill.own_text import evaluate_text
     from stages.distill.passages import Passage
 
-    require_model(run)
     silence_loading_bars()
     with run.lock("evaluate"), listening(run.events) as emit:
         samples = read_unseen(
@@ -147,44 +144,6 @@ def _timed(measure: Callable[[], EvaluationReport | TextReport]) -> tuple[dict[s
     start = time.monotonic()
     report = measure()
     return dataclasses.asdict(report), round(report.positions / (time.monotonic() - start), 1)
-
-
-def _split(shard_set: ShardSet, split: str) -> Split:
-    if split not in SPLITS:
-        raise UsageError(f"no split {split!r}", hint=f"there are {' and '.join(SPLITS)}")
-    if SPLITS[split] not in shard_set.splits:
-        there = ", ".join(known for known, name in SPLITS.items() if name in shard_set.splits)
-        raise UsageError(f"{shard_set.where} has no {split} split", hint=f"it has: {there}")
-    return shard_set.split(SPLITS[split])
-
-
-def _require_own(run: RunFolder, shard_set: ShardSet) -> None:
-    _require_tokenizer(run, shard_set)
-    ours = _identity(run).get("contract.corpus_fingerprint")
-    if ours not in (None, shard_set.contract.corpus_fingerprint):
-        raise UsageError(
-            f"{shard_set.where} is not the set that this student was trained on",
-            hint="add --split validation or --split train to measure it on another set",
-        )
-
-
-def _require_tokenizer(run: RunFolder, shard_set: ShardSet) -> None:
-    from stages.corpus.fingerprint import tokenizer_fingerprint
-
-    if shard_set.contract.tokenizer_fingerprint != tokenizer_fingerprint(run.final_model):
-        raise PipelineError(
-            f"{shard_set.where} is of another tokenizer than {run.final_model}",
-            hint="measure on the rows themselves (--data rows.jsonl), or cache them with this student's own teacher",
-        )
-
-
-def _identity(run: RunFolder) -> Mapping[str, Any]:
-    """What the student was trained from, as far as its folder tells."""
-    from stages.distill.export import exported_facts
-
-    facts = exported_facts(run.final_model) or {}
-    identity: Mapping[str, Any] = facts.get("identity", {})
-    return identity
 
 
 def _beside_teacher(run: RunFolder, texts: Sequence[Text], contract: Contract | None, emit: Emit) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UsageError
-from pipeline.launch import Machine, rank_command, rank_environment
+from pipeline.launch import Machine, possible_ranks, rank_command, rank_environment
 from pipeline.rank import take_failure
 from pipeline.run import RunFolder
 
@@ -60,7 +60,7 @@ def read_hosts(file: Path, global_batch: int) -> list[Host]:
         raise UsageError(f"{file} names no machine", hint="write one line a machine: worker-1 slots=4")
     ranks = sum(host.slots for host in hosts)
     if global_batch % ranks:
-        possible = ", ".join(str(count) for count in range(1, global_batch + 1) if global_batch % count == 0)
+        possible = ", ".join(map(str, possible_ranks(global_batch, global_batch)))
         raise UsageError(
             f"{file} has {ranks} slots, which do not divide the global batch of {global_batch} records",
             hint=f"the slots of all machines together can be {possible}",

@@ -49,9 +49,14 @@ def device_memory(here: Machine, processes: int) -> int:
     return int(psutil.virtual_memory().available) // processes
 
 
-def default_ranks(here: Machine) -> int:
-    """All GPUs; without one, a process for each core, at most two (more only split the same cores)."""
-    return here.gpus or min(2, here.cores)
+def default_ranks(here: Machine, global_batch: int) -> int:
+    """As many as can share the global batch: of all GPUs; without one, of two processes (more only split the cores)."""
+    return possible_ranks(here.gpus or min(2, here.cores), global_batch)[-1]
+
+
+def possible_ranks(most: int, global_batch: int) -> list[int]:
+    """The rank counts up to `most` that give every rank the same share of the global batch."""
+    return [ranks for ranks in range(1, min(most, global_batch) + 1) if global_batch % ranks == 0]
 
 
 def check_ranks(count: int, here: Machine, global_batch: int) -> None:
@@ -59,8 +64,7 @@ def check_ranks(count: int, here: Machine, global_batch: int) -> None:
 
     Raises UsageError: every rank needs its own GPU where there are GPUs, and the same share of the global batch.
     """
-    limit = here.gpus or global_batch
-    possible = [ranks for ranks in range(1, min(limit, global_batch) + 1) if global_batch % ranks == 0]
+    possible = possible_ranks(here.gpus or global_batch, global_batch)
     if count in possible:
         return
     counts = ", ".join(map(str, possible))

@@ -41,7 +41,7 @@ def _begun_with(target: Storage) -> str | None:
 
 
 def _require_made_from(settings: CorpusSettings, inputs: Mapping[str, Any], emit: Emit) -> None:
-    hint = "run prepare with this recipe: the same command with `prepare` for its verb"
+    hint = "run prepare with this recipe: give it the same --recipe, --name, --data and --set"
     for name, value in settings.deciding().items():
         made = inputs["settings"].get(name)
         if made != value:

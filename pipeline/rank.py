@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.run import RunFolder
+from pipeline.run import RunFolder, write_atomically
 from pipeline.sinks import listening
 from pipeline.trackers import sinks
 from shards.errors import ShardError
@@ -51,7 +51,7 @@ def _train(run: RunFolder, shards: str, emit: Emit) -> None:
         emit=emit,
     )
     if _is_speaker():
-        run.report("distill", asdict(result))
+        run.report("distill", {**asdict(result), "shards": shards})
 
 
 def _is_speaker() -> bool:
@@ -72,7 +72,7 @@ def main() -> None:
             _train(run, shards, emit)
     except (StageError, ShardError) as error:
         # Every rank sees the same inputs; the first to fail names the cause, whoever it is.
-        run.path.joinpath(_FAILURE).write_text(json.dumps(asdict(Failure(str(error), error.hint))), encoding="utf-8")
+        write_atomically(run.path / _FAILURE, json.dumps(asdict(Failure(str(error), error.hint))))
         if os.environ.get("MINICODFORMER_DEBUG"):
             traceback.print_exc()
         sys.exit(1)

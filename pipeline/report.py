@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import figures
 from pipeline.event_log import EventReader
 from pipeline.history import Curve, History
-from pipeline.run import RunFolder
+from pipeline.run import ELSEWHERE, RunFolder
 from stages.events import Answered
 
 REPORT = "report.html"
@@ -107,7 +107,7 @@ def render(run: RunFolder, history: History) -> str:
         f"<h1>{_text(run.path.name)}</h1>",
         f'<p class="soft">{_text(_subtitle(summary))}</p>',
         f'<div class="tiles">{"".join(_tiles(summary))}</div>',
-        *_elsewhere(summary.get("evaluate_elsewhere", {})),
+        *_elsewhere(summary.get(ELSEWHERE, {})),
         *_charts(curves),
         *_samples(summary.get("evaluate", {}).get("samples", ())),
         *_samples_over_time(history.answers.values()),

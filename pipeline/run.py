@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,9 @@ from pipeline.turn import take_turn
 from stages.distill.settings import FREE_SETTINGS
 from stages.teacher_cache.settings import FREE_TEACHER_SETTINGS
 
+RUNS = Path("runs")
+ELSEWHERE = "evaluate_elsewhere"
+"""Where summary.json holds what was measured beside the standing report, by what it was measured on."""
 CACHE_SECTIONS = ("corpus", "teacher", "respond", "cache")
 STUDENT_SECTIONS = ("student", "distill", "objective")
 # What may differ between two starts of one run without changing what it makes.
@@ -83,18 +86,35 @@ class RunFolder:
         """
         if self.recipe_file.is_file():
             standing = self.recipe()
-            for sections, begun in self._begun():
-                if begun:
-                    _require_equal(standing, recipe, sections, self.path)
+            for sections, hint in self._begun():
+                _require_equal(standing, recipe, sections, self.path, hint)
             recipe = replace(recipe, name=standing.name)
         write_atomically(self.recipe_file, recipe.to_toml())
         return recipe
 
-    def _begun(self) -> tuple[tuple[tuple[str, ...], bool], ...]:
-        return (
-            (CACHE_SECTIONS, (self.shards / "contract.json").exists()),
-            (STUDENT_SECTIONS, self.checkpoints.exists() or self.final_model.exists()),
-        )
+    def _begun(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The sections that a stage has begun with, and what to do for another value in them."""
+        from shards.manifest import CONTRACT_NAME
+
+        if (self.shards / CONTRACT_NAME).exists():
+            yield CACHE_SECTIONS, "give the new settings a run of their own: NAME=… (--name …)"
+        if self.checkpoints.exists() or self.final_model.exists():
+            same = f"SHARDS={self.known_shards() or '…'} (--name …, --shards …)"
+            yield STUDENT_SECTIONS, f"train another student from the same shards: NAME=… {same}"
+
+    def require_model(self) -> None:
+        """Raises PipelineError where stage two has not come to its end."""
+        if not self.final_model.is_dir():
+            raise PipelineError(
+                f"{self.path} has no final model yet", hint="run make distill first; it resumes where it stopped"
+            )
+
+    def known_shards(self) -> str | None:
+        """The run's own shards, or else the set that its student was last trained from."""
+        if self.shards.is_dir():
+            return str(self.shards)
+        place: str | None = self.summary().get("distill", {}).get("shards")
+        return place
 
     def summary(self) -> dict[str, Any]:
         """What the stages have reported so far, by stage."""
@@ -109,14 +129,11 @@ class RunFolder:
         write_atomically(self.summary_file, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
 
 
-def _require_equal(standing: Recipe, asked: Recipe, sections: tuple[str, ...], where: Path) -> None:
+def _require_equal(standing: Recipe, asked: Recipe, sections: tuple[str, ...], where: Path, hint: str) -> None:
     ours, theirs = standing.values(sections), asked.values(sections)
     for key, value in ours.items():
         if key not in _FREE_KEYS and theirs[key] != value:
-            raise PipelineError(
-                f"{where} was begun with {key} = {value!r}, not {theirs[key]!r}",
-                hint="give the new settings a run of their own with NAME=… (--name …), or delete the folder",
-            )
+            raise PipelineError(f"{where} was begun with {key} = {value!r}, not {theirs[key]!r}", hint=hint)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pipeline import figures
 from pipeline.errors import PipelineError
 from pipeline.event_log import EventReader, Logged
-from pipeline.run import RunFolder
+from pipeline.run import RUNS, RunFolder
 from pipeline.turn import Turn, is_held, read_turn
 from stages.events import Metric, Progress
 
@@ -54,7 +54,7 @@ class RunFacts:
 
 
 def list_runs(root: Path) -> list[RunFacts]:
-    """Every run under `root`, the newest first. A folder without recipe and events is no run."""
+    """Every run under `root`, the newest first. A folder without recipe, events and model is no run."""
     folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     runs = [RunFolder(path) for path in folders if not path.name.startswith(".")]
     facts = [run_facts(run) for run in runs if _is_run(run)]
@@ -89,7 +89,7 @@ def run_facts(run: RunFolder) -> RunFacts:
     )
 
 
-def find_run(name: str | None, root: Path = Path("runs")) -> RunFolder:
+def find_run(name: str | None, root: Path = RUNS) -> RunFolder:
     """A run by name or path; without one, the running or else the newest. Raises PipelineError."""
     if name is None:
         runs = list_runs(root)
@@ -103,8 +103,19 @@ def find_run(name: str | None, root: Path = Path("runs")) -> RunFolder:
     return run
 
 
+def finished_run(name: str | None, root: Path = RUNS) -> RunFolder:
+    """A run with a final model, by name or path; without one, that of the newest. Raises PipelineError, StageError."""
+    if name is None:
+        from stages.inference.loading import newest_model
+
+        return RunFolder(newest_model(root).parent)
+    run = find_run(name, root)
+    run.require_model()
+    return run
+
+
 def _is_run(run: RunFolder) -> bool:
-    return run.recipe_file.is_file() or run.events.is_file()
+    return run.recipe_file.is_file() or run.events.is_file() or run.final_model.is_dir()
 
 
 def run_lines(runs: Sequence[RunFacts], now: float | None = None) -> list[str]:

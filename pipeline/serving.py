@@ -7,19 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.choose import RUNS
 from pipeline.errors import UsageError
 from pipeline.json_output import json_text
 from pipeline.monitor import Watcher
-from pipeline.run import RunFolder
-from pipeline.runs import list_runs
-from pipeline.steps import newest_run, require_model, silence_loading_bars
+from pipeline.run import RUNS, RunFolder
+from pipeline.runs import finished_run, list_runs
+from pipeline.steps import silence_loading_bars
 
 
 def serve(models: Sequence[str], say: Callable[[str], None], **options: Any) -> None:
     """Serve students until SIGTERM or Ctrl-C.
 
-    A model is a run's name, or NAME=FOLDER; without any, the newest finished run. `options` are the fields of
+    A model is a run's name or folder, or NAME=FOLDER; without any, the newest finished run. `options` are the fields of
     `ServerSettings`. Raises UsageError, PipelineError and StageError before anything listens.
     """
     from stages.inference.server.models import ServedModel
@@ -45,18 +44,20 @@ def serve(models: Sequence[str], say: Callable[[str], None], **options: Any) -> 
 def _table(models: Sequence[str]) -> dict[str, Path]:
     """Folder of each name."""
     table: dict[str, Path] = {}
-    for model in models or [newest_run().path.name]:
-        name, equals, folder = model.partition("=")
-        if equals:
-            path = Path(folder)
-        else:
-            run = RunFolder(RUNS / name)
-            require_model(run)
-            name, path = name.lower(), run.final_model
+    for name, path in map(_named, models) if models else [_named(None)]:
         if name in table:
             raise UsageError(f"two models are called {name!r}", hint="give one of them another name: NAME=FOLDER")
         table[name] = path
     return table
+
+
+def _named(model: str | None) -> tuple[str, Path]:
+    """What a model is called, and its folder."""
+    name, equals, folder = (model or "").partition("=")
+    if equals:
+        return name, Path(folder)
+    run = finished_run(model)
+    return run.path.name.lower(), run.final_model
 
 
 class ShownRuns:

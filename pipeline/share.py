@@ -6,7 +6,6 @@ The card is no part of the set: `verify-shards` neither knows nor misses it.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from pipeline.card import ABSENT, CARD, table
 from pipeline.figures import size
 from pipeline.locations import local_set
-from pipeline.run import write_atomically
+from pipeline.run import RunFolder, write_atomically
 from shards.manifest import TEACHER_FOLDER
 from shards.reader import ShardSet
 
@@ -119,8 +118,7 @@ def _known(value: float) -> str:
 def _fidelity(folder: Path) -> list[str]:
     """What stage one measured against the live teacher, if it did and the set lies in its run."""
     try:
-        cached = json.loads((folder.parent / "summary.json").read_text(encoding="utf-8"))["teacher_cache"]
-        facts = cached[_FIDELITY]
+        facts = RunFolder(folder.parent).summary()["teacher_cache"][_FIDELITY]
     except (OSError, ValueError, KeyError, TypeError):
         return ["Not measured, as far as this folder and its run say."]
     return list(table(facts)) if isinstance(facts, Mapping) else [str(facts)]

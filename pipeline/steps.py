@@ -145,7 +145,7 @@ def distill(
     if hosts and gpus is not None:
         raise UsageError("GPUS and HOSTS cannot both be given", hint="the slots of the hostfile are the ranks")
     here, machines = launch.machine(), read_hosts(hosts, recipe.distill.global_batch) if hosts else []
-    count = launch.default_ranks(here) if gpus is None else gpus
+    count = launch.default_ranks(here, recipe.distill.global_batch) if gpus is None else gpus
     if not machines:
         launch.check_ranks(count, here, recipe.distill.global_batch)
     place = shards_of(run, shards)
@@ -156,28 +156,26 @@ def distill(
             run_on_hosts(run, place, machines, here, tracker=tracker)
         else:
             launch.run_ranks(run, place, count, here, tracker=tracker)
-        write_card(run)
+        result: dict[str, Any] = run.summary()["distill"]
+        if result["finished"]:  # a stop may reach a rank alone: what is saved then is no model yet
+            write_card(run)
         write_report(run)
-    return dict(run.summary()["distill"])
+    return result
 
 
 def shards_of(run: RunFolder, shards: str | None) -> Path | str:
-    """Where a run takes its shards from. Raises PipelineError where there is no such folder; a URL is read to tell."""
-    if shards is not None:
-        place = standing_set(shards)
-        return place if isinstance(place, str) else place.resolve()
-    if not run.shards.is_dir():
+    """Where a run takes its shards from: the set that is named, or the one that the run knows.
+
+    Raises PipelineError where there is no such folder; a URL is read to tell.
+    """
+    named = run.known_shards() if shards is None else shards
+    if named is None:
         raise PipelineError(
-            f"no shards in {run.shards.resolve()}", hint="run make teacher-cache first, or name a set with SHARDS=…"
+            f"no shards in {run.shards.resolve()}",
+            hint="run make teacher-cache first, or name a set with SHARDS=… (--shards …)",
         )
-    return run.shards.resolve()
-
-
-def newest_run(root: Path = Path("runs")) -> RunFolder:
-    """The run with a finished model that was written to last. Raises StageError where there is none."""
-    from stages.inference.loading import newest_model
-
-    return RunFolder(newest_model(root).parent)
+    place = standing_set(named)
+    return place if isinstance(place, str) else place.resolve()
 
 
 def silence_loading_bars() -> None:
@@ -185,10 +183,3 @@ def silence_loading_bars() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-
-
-def require_model(run: RunFolder) -> None:
-    if not run.final_model.is_dir():
-        raise PipelineError(
-            f"{run.path} has no final model yet", hint="run make distill first; it resumes where it stopped"
-        )

@@ -23,7 +23,9 @@ def _recipe_names() -> list[str]:
 
 
 def run_names() -> list[str]:
-    return sorted(path.parent.name for path in Path("runs").glob("*/recipe.toml"))
+    from pipeline.run import RUNS
+
+    return sorted(path.parent.name for path in RUNS.glob("*/recipe.toml"))
 
 
 RecipeOption = Annotated[
@@ -40,11 +42,18 @@ NameOption = Annotated[
 ]
 RunOption = Annotated[
     str | None,
-    typer.Option("--name", autocompletion=run_names, help="The run: runs/NAME. [default: the newest finished run]"),
+    typer.Option("--name", autocompletion=run_names, help="A run's name or folder. [default: the newest finished run]"),
 ]
 DataOption = Annotated[Path | None, typer.Option("--data", help="A JSONL file; the same as --set corpus.source=…")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value.")]
-GpusOption = Annotated[int | None, typer.Option("--gpus", help="Ranks: GPUs, or CPU processes where there is none.")]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        help="Ranks: GPUs, or CPU processes where there is none. [default: of all GPUs, else of two processes, as many "
+        "as share the global batch]",
+    ),
+]
 DevicesOption = Annotated[
     int | None,
     typer.Option(
@@ -75,10 +84,9 @@ def chosen_run(
 
 
 def finished_run(name: str | None) -> RunFolder:
-    from pipeline import steps
-    from pipeline.run import RunFolder
+    from pipeline import runs
 
-    return steps.newest_run() if name is None else RunFolder(Path("runs") / name)
+    return runs.finished_run(name)
 
 
 def print_checks(checks: Iterable[Check | Row]) -> None:

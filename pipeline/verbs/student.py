@@ -85,7 +85,7 @@ def chat(
 def compare(
     name: RunOption = None,
     shards: ShardsOption = None,
-    split: Annotated[str, typer.Option(help="dev or train.")] = "dev",
+    split: Annotated[str, typer.Option(help="validation or train.")] = "validation",
     record: Annotated[int, typer.Option(min=0, help="Which record of the split.")] = 0,
     page: Annotated[Path | None, typer.Option("--html", help="Write a page of all tokens to this file.")] = None,
     as_json: JsonOption = False,

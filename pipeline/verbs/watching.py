@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,8 +48,9 @@ def list_runs(as_json: JsonOption = False) -> None:
     """List the runs with their state."""
     from pipeline import runs
     from pipeline.json_output import json_text
+    from pipeline.run import RUNS
 
-    found = runs.list_runs(Path("runs"))
+    found = runs.list_runs(RUNS)
     print_lines([json_text(found)] if as_json else runs.run_lines(found))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from stages.errors import StageError
 from stages.student.config import MiniCodformerConfig
@@ -22,8 +23,8 @@ def newest_model(runs: Path = Path("runs")) -> Path:
 
 def load_model(folder: Path) -> MiniCodformerForConditionalGeneration:
     """Read the weights in fp32 onto the CPU. Raises StageError."""
-    _require_student(folder)
-    hint = "the folder is damaged: copy it again, or run make distill, which writes it again"
+    read_config(folder)
+    hint = "copy it again, or move it away and run make distill: it writes the model again from its last checkpoint"
     try:
         model, loaded = MiniCodformerForConditionalGeneration.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -39,13 +40,16 @@ def load_model(folder: Path) -> MiniCodformerForConditionalGeneration:
     return student
 
 
-def _require_student(folder: Path) -> None:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a student. Raises StageError where there is none, or where it is another model's."""
     hint = "name the final_model folder of a finished run"
     try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = config["model_type"]
     except FileNotFoundError as error:
         raise StageError(f"no model in {folder}: there is no config.json", hint=hint) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageError(f"{folder / 'config.json'} cannot be read: {error!r}", hint=hint) from error
     if model_type != MiniCodformerConfig.model_type:
         raise StageError(f"{folder} holds a {model_type!r} model, not a student", hint=hint)
+    return config

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shards.merge import copy_set
+from stages.distill.export import exported_facts
 from tests.shards.object_store import CREDENTIALS, serving
 
 
@@ -25,3 +26,7 @@ def test_shards_of_a_url_train_the_same_student(
     weights = "final_model/model.safetensors"
     assert (tmp_path / "there" / weights).read_bytes() == (tmp_path / "here" / weights).read_bytes()
     assert there.result.validation == here.result.validation
+    ours, theirs = (exported_facts(tmp_path / place / "final_model") for place in ("here", "there"))
+    assert ours is not None
+    assert theirs is not None
+    assert ours["identity"] == theirs["identity"], "a copy is the same set: a run goes on with either"

@@ -192,8 +192,9 @@ def test_missing_weights_are_named_and_not_made_up(student_folder: Path, tmp_pat
     copy = copy_of(student_folder, tmp_path)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_encoder_layers": 2}))
-    with pytest.raises(StageError, match=r"do not fit its config\.json: model\.encoder\.layers\.1"):
+    with pytest.raises(StageError, match=r"do not fit its config\.json: model\.encoder\.layers\.1") as refused:
         Student.load(copy)
+    assert "move it away and run make distill" in refused.value.hint, "training takes a folder that is there for whole"
 
 
 def test_a_foreign_tokenizer_is_refused(student_folder: Path, tmp_path: Path, smollm2: Path) -> None:

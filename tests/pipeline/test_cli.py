@@ -43,7 +43,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy(cli) -> None:  # type: 
         (["distill", "--recipe", "smollm2-demo", "--gpus", "2"], 1, "no shards in"),
         (["distill", "--recipe", "smollm2-demo", "--gpus", "5"], 2, "does not divide the global batch of 4"),
         (["evaluate"], 1, "no finished run"),
-        (["evaluate", "--name", "absent"], 1, "no final model"),
+        (["evaluate", "--name", "absent"], 1, "no run 'absent'"),
         (["inspect-shard", "absent.arrow"], 1, "absent.arrow"),
         (["verify-shards", "absent"], 1, "absent"),
         (["demo", "--gpus", "0"], 2, "GPUS=0 does not divide"),
@@ -63,6 +63,12 @@ def test_bad_input_is_one_clear_line_with_what_to_do(cli, words: list[str], code
     assert "error: " in done.stderr
     assert "hint: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_make_evaluate_passes_on_run_and_set() -> None:
+    words = ["make", "-n", "-o", "setup", "evaluate", "NAME=mine", "SHARDS=s3://bucket/set"]
+    done = subprocess.run(words, cwd=CLI.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-5:] == ["evaluate", "--name", "mine", "--shards", "s3://bucket/set"]
 
 
 def test_debug_shows_the_traceback(cli) -> None:  # type: ignore[no-untyped-def]

@@ -15,13 +15,14 @@ from pipeline.run import RunFolder
 
 
 def told(run: Path, **options: Any) -> str:
-    asked = {"shards": None, "split": "dev", "record": 0, "page": None, "as_json": False, **options}
+    asked = {"shards": None, "split": "validation", "record": 0, "page": None, "as_json": False, **options}
     return "\n".join(compare(RunFolder(run), **asked))
 
 
 def test_the_terminal_shows_response_and_worst_tokens(standing_run: Path) -> None:
     text = told(standing_run)
-    assert "tiny, dev record 0 (sample-4)" in text
+    assert "tiny, validation record 0 (sample-4)" in text
+    assert told(standing_run, split="dev") == text
     assert "mean KL" in text
     assert "It is 8. <b>&" in text
     assert "\x1b" not in text, "no colours where the output is no terminal"
@@ -67,7 +68,9 @@ def test_the_page_is_whole_and_what_a_record_says_is_text_in_it(standing_run: Pa
     assert len(reader.rows) > 5
 
 
-@pytest.mark.parametrize(("options", "said"), [({"record": 2}, "no record 2"), ({"split": "test"}, "no split 'test'")])
+@pytest.mark.parametrize(
+    ("options", "said"), [({"record": 2}, "no record 2"), ({"split": "test"}, "has no test split")]
+)
 def test_what_is_not_there_is_named(standing_run: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         told(standing_run, **options)

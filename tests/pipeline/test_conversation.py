@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.asking import generate, prompts_of, text_of
 from pipeline.conversation import converse
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import UsageError
 from pipeline.run import RunFolder
 from stages.corpus.rows import Message
 from stages.corpus.tokenizer import ChatTokenizer, RefusedByTemplate
@@ -46,11 +46,6 @@ def test_nothing_is_answered_after_the_end(finished_run: Path) -> None:
 def test_a_turn_is_a_line_of_json(finished_run: Path) -> None:
     turns = [json.loads(line) for line in said(finished_run, "one", "two", as_json=True).splitlines()]
     assert [(turn["turn"], turn["prompt"]) for turn in turns] == [(1, "one"), (2, "two")]
-
-
-def test_a_run_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="no final model"):
-        said(tmp_path, "one")
 
 
 def test_a_file_that_holds_no_prompts_is_refused(tmp_path: Path) -> None:

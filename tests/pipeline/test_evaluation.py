@@ -15,14 +15,17 @@ from typer.testing import CliRunner
 
 from cli import app
 from pipeline import evaluation
+from pipeline.compare import compare
 from pipeline.errors import PipelineError, UsageError
 from pipeline.report import REPORT
 from pipeline.run import RunFolder
-from shards.contract import Contract
+from shards.contract import Contract, Selection
 from shards.manifest import begin, seal
 from shards.reader import ShardSet
+from shards.reselect import reselect_set
 from shards.writer import write_shard
 from stages.distill.evaluate import evaluate_model
+from stages.distill.identity import SHARDS_SHA256, shards_sha256
 
 CLI = Path(__file__).resolve().parent.parent.parent / "cli.py"
 
@@ -88,33 +91,73 @@ def test_another_set_of_the_same_tokenizer_is_measured(run: RunFolder, other_set
     facts = evaluation.evaluate_split(run, shards=str(folder), split="train")
     own = evaluate_model(run.final_model, ShardSet(run.shards))
     assert facts["kl"] == pytest.approx(own.kl, rel=1e-6)
-    with pytest.raises(UsageError, match="has no validation split") as refused:
-        evaluation.evaluate_split(run, shards=str(folder), split="validation")
-    assert refused.value.hint == "it has: train"
-    with pytest.raises(UsageError, match="no split 'test'"):
+    for split in ("validation", "dev"):
+        with pytest.raises(UsageError, match=f"has no {split} split") as refused:
+            evaluation.evaluate_split(run, shards=str(folder), split=split)
+        assert refused.value.hint == "there is --split train"
+    with pytest.raises(UsageError, match="has no test split"):
         evaluation.evaluate_split(run, shards=None, split="test")
 
 
-def test_the_standing_report_is_of_the_set_it_was_trained_on(run: RunFolder, other_set: Callable[..., Path]) -> None:
-    facts = json.loads((run.final_model / "training.json").read_text())
-    own = ShardSet(run.shards).contract.corpus_fingerprint
-    facts["identity"] = {"contract.corpus_fingerprint": own}
-    (run.final_model / "training.json").write_text(json.dumps(facts))
-    with pytest.raises(UsageError, match="is not the set that this student was trained on") as refused:
-        evaluation.evaluate(run, shards=str(other_set(corpus_fingerprint="d" * 64)))
-    assert "--split" in refused.value.hint
-    assert evaluation.evaluate(run, shards=None)["validation"]["positions"] > 0
+def test_a_split_is_known_by_either_name(run: RunFolder) -> None:
+    for split in ("validation", "dev"):
+        where = evaluation.evaluate_split(run, shards=None, split=split)["where"]
+        assert where == f"validation split of {run.shards.resolve()}"
+
+
+def trained_on(run: RunFolder, folder: Path) -> None:
+    """Have the student's folder say so, as training does."""
+    path = run.final_model / "training.json"
+    identity = {SHARDS_SHA256: shards_sha256(ShardSet(folder))}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "identity": identity}))
+
+
+def test_the_standing_report_is_of_the_set_it_was_trained_on(run: RunFolder, tmp_path: Path) -> None:
+    # The same corpus with other distributions: no other fact tells the two apart.
+    narrow = tmp_path / "narrow"
+    reselect_set(run.shards, narrow, Selection(kind="topk", k=2))
+    for folder, other in ((run.shards, narrow), (narrow, run.shards)):
+        trained_on(run, folder)
+        with pytest.raises(UsageError, match="is not the set that this student was trained on") as refused:
+            evaluation.evaluate(run, shards=str(other))
+        assert "--split" in refused.value.hint
+        kl = evaluation.evaluate(run, shards=str(folder))["validation"]["kl"]
+        assert kl == evaluate_model(run.final_model, ShardSet(folder)).kl
+
+
+def test_a_set_without_a_validation_split_is_refused_with_what_it_has(
+    run: RunFolder, other_set: Callable[..., Path]
+) -> None:
+    folder = other_set()
+    with pytest.raises(UsageError, match="has no validation split") as refused:
+        evaluation.evaluate(run, shards=str(folder))
+    assert refused.value.hint == "there is --split train"
 
 
 def test_a_foreign_tokenizer_is_refused(run: RunFolder, other_set: Callable[..., Path]) -> None:
     folder = other_set(tokenizer_fingerprint="e" * 64)
-    for measure in (
-        lambda: evaluation.evaluate_split(run, shards=str(folder), split="train"),
-        lambda: evaluation.evaluate(run, shards=str(folder)),
-    ):
+    for measure in measures(run, folder):
         with pytest.raises(PipelineError, match="is of another tokenizer than") as refused:
             measure()
         assert "--data" in refused.value.hint
+
+
+def measures(run: RunFolder, folder: Path) -> tuple[Callable[[], object], ...]:
+    """All that sets a student beside a cached teacher."""
+    place = str(folder)
+    return (
+        lambda: evaluation.evaluate_split(run, shards=place, split="train"),
+        lambda: evaluation.evaluate(run, shards=place),
+        lambda: compare(run, shards=place, split="train", record=0, page=None, as_json=False),
+    )
+
+
+def test_a_teacher_of_another_width_is_refused(run: RunFolder, other_set: Callable[..., Path]) -> None:
+    width = ShardSet(run.shards).contract.vocab_size
+    folder = other_set(vocab_size=width + 8)
+    for measure in measures(run, folder):
+        with pytest.raises(PipelineError, match=f"is of {width + 8} tokens, the student in .* of {width}$"):
+            measure()
 
 
 def test_rows_that_nobody_cached_are_measured_against_themselves(run: RunFolder, tmp_path: Path) -> None:

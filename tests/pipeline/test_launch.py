@@ -28,9 +28,19 @@ def test_a_count_passes_exactly_when_every_rank_gets_a_device_and_an_equal_share
 
 
 def test_the_default_uses_every_gpu_and_a_process_a_core_without() -> None:
-    assert default_ranks(Machine(gpus=3, cores=64)) == 3
-    assert default_ranks(Machine(gpus=0, cores=64)) == 2
-    assert default_ranks(Machine(gpus=0, cores=1)) == 1
+    assert default_ranks(Machine(gpus=3, cores=64), 48) == 3
+    assert default_ranks(Machine(gpus=0, cores=64), 48) == 2
+    assert default_ranks(Machine(gpus=0, cores=1), 48) == 1
+
+
+@given(gpus=st.integers(0, 16), cores=st.integers(1, 4), batch=st.integers(1, 96))
+def test_the_default_is_never_refused_and_one_rank_more_is(gpus: int, cores: int, batch: int) -> None:
+    here = Machine(gpus=gpus, cores=cores)
+    count = default_ranks(here, batch)
+    check_ranks(count, here, batch)
+    for more in range(count + 1, (gpus or min(2, cores)) + 1):
+        with pytest.raises(UsageError):
+            check_ranks(more, here, batch)
 
 
 @given(

@@ -17,11 +17,17 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline import launch, rank, steps
 from pipeline.errors import PipelineError, UsageError
 from pipeline.hosts import check_hosts, read_hosts
+from pipeline.recipe import load
 from pipeline.run import RunFolder
+from pipeline.runs import run_facts
+from pipeline.summary import distill_lines
 from pipeline.trackers import require_tracker, sinks
-from stages.events import Metric, Note
+from stages.distill.train import TrainResult
+from stages.errors import StageError
+from stages.events import Metric, Note, silent
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLI = [sys.executable, str(ROOT / "cli.py")]
@@ -114,6 +120,50 @@ def test_T1_a_launcher_that_is_killed_leaves_no_rank_behind_and_a_checkpoint(
     assert process.stdout is not None
     said = process.stdout.read()
     assert len(list((run / "checkpoints").glob("*"))) == 1, said
+
+
+STOPPED = {"finished": False, "steps": 3, "positions": 96, "seconds": 1.5, "ranks": 1, "precision": "fp32"}
+
+
+def test_a_stop_that_reaches_the_ranks_alone_is_told_as_a_stop(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(user / "runs" / "tiny")
+    monkeypatch.setattr(launch, "run_ranks", lambda run, *_, **__: run.report("distill", STOPPED))
+    facts = steps.distill(load("smollm2-demo"), run, shards=None, gpus=1)
+    assert distill_lines(facts, run)[-1] == "stopped    run the same command again to go on"
+    assert run_facts(run).state == "stopped"
+
+
+def test_a_run_knows_the_set_that_it_was_trained_from(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, run = str(user / "runs" / "tiny" / "shards"), RunFolder(user / "runs" / "other")
+    run.adopt(load("smollm2-demo"))
+    with pytest.raises(PipelineError, match="no shards in") as refused:
+        steps.shards_of(run, None)
+    assert "--shards" in refused.value.hint
+    monkeypatch.setenv("RANK", "0")
+    result = TrainResult(**STOPPED, untrained=None, validation=None)  # type: ignore[arg-type]
+    monkeypatch.setattr("stages.distill.train.train", lambda **_: result)
+    rank._train(run, place, silent)
+    assert steps.shards_of(run, None) == Path(place)
+
+
+def test_the_failure_of_a_rank_is_there_whole_or_not_at_all(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, said = RunFolder(user / "runs" / "tiny"), iter(["the first", "another"])
+    monkeypatch.setattr(sys, "argv", ["rank", str(run.path), "shards", "none"])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(rank, "_stop_with_the_launcher", lambda: None)
+
+    def fail(*_: object) -> None:
+        raise StageError(next(said), hint="try again")
+
+    monkeypatch.setattr(rank, "_train", fail)
+    with pytest.raises(SystemExit):
+        rank.main()
+    (written,) = run.path.glob(".rank_failure*")
+    with written.open() as reader:
+        with pytest.raises(SystemExit):
+            rank.main()
+        assert json.load(reader)["message"] == "the first", "who reads meanwhile reads what was whole"
+    assert rank.take_failure(run) == rank.Failure("another", "try again")
 
 
 PDSH = f"""#!{sys.executable}

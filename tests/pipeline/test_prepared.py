@@ -64,7 +64,7 @@ def test_what_another_recipe_prepared_is_refused_by_what_differs() -> None:
         taken(source="demo:gsm-symbolic")
     with pytest.raises(PipelineError, match=r"corpus\.train_size = 4, not 5") as caught:
         taken(train_size=5)
-    assert "run prepare with this recipe" in caught.value.hint
+    assert caught.value.hint.endswith("--recipe, --name, --data and --set"), "what prepare takes, and no more"
 
 
 def test_a_set_that_was_begun_with_this_corpus_goes_on_though_its_rows_have_changed(finished_run: Path) -> None:

@@ -55,8 +55,9 @@ def test_a_recipe_may_change_until_the_stage_that_uses_it_has_begun(run: RunFold
     assert run.recipe().distill.epochs == 7
 
     run.checkpoints.mkdir()
-    with pytest.raises(PipelineError, match=r"distill\.epochs = 7, not 1"):
+    with pytest.raises(PipelineError, match=r"distill\.epochs = 7, not 1") as refused:
         run.adopt(load("smollm2-demo", ["cache.k=8"]))
+    assert f"NAME=… SHARDS={run.shards} " in refused.value.hint, "days of stage one are not to be thrown away"
     run.adopt(load("smollm2-demo", ["cache.k=8", "distill.epochs=7", "distill.keep_checkpoints=9"]))
 
 

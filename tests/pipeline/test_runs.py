@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from pipeline.errors import PipelineError
 from pipeline.event_log import EventLog
 from pipeline.run import RunFolder
 from pipeline.runs import RunFacts, find_run, list_runs, run_facts, run_lines
+from pipeline.runs import finished_run as find_finished
+from pipeline.serving import _table
 from stages.events import Metric, Progress
 
 HOLD = """
@@ -138,6 +141,26 @@ def test_the_running_or_else_the_newest_run_is_meant_by_default(tmp_path: Path) 
             find_run(folder, root)
     with pytest.raises(PipelineError, match="no run under"):
         find_run(None, tmp_path / "nothing")
+
+
+def test_a_finished_run_is_found_as_any_run_is_and_must_have_a_model(
+    run: RunFolder, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = finished_run.parent
+    assert root == run.path.parent
+    with pytest.raises(PipelineError, match=r"r has no final model yet"):
+        find_finished("r", root)
+    with pytest.raises(PipelineError, match="no run 'typo'") as caught:
+        find_finished("typo", root)
+    assert caught.value.hint in ("there is r, tiny", "there is tiny, r")
+    for name in (None, "tiny", str(finished_run)):
+        assert find_finished(name, root).path == finished_run
+    given = root / "given" / "final_model"
+    shutil.copytree(finished_run / "final_model", given)
+    assert find_finished("given", root).final_model == given, "a model that was copied here, without its run"
+    monkeypatch.chdir(root.parent)
+    table = {"tiny": Path("runs/tiny/final_model"), "m": given}
+    assert _table(["runs/tiny", f"m={given}"]) == table
 
 
 def test_the_table_has_a_line_a_run(run: RunFolder) -> None:

@@ -74,7 +74,7 @@ def test_S2_a_drain_has_an_end(student_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("models", "options", "said"),
     [
-        (["no-such-run"], {}, "no-such-run has no final model yet"),
+        (["no-such-run"], {}, "no run 'no-such-run'"),
         (["UPPER={folder}"], {}, "'UPPER' cannot name a served model"),
         (["m={folder}", "m={folder}"], {}, "two models are called 'm'"),
         (["m={folder}"], {"port": 70_000}, "port must lie in"),
