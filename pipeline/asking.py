@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Unpack
 from pipeline.errors import UsageError, as_usage
 from pipeline.run import RunFolder
 from pipeline.steps import silence_loading_bars
+from stages.inference.settings import Sampling, SamplingOptions
 
 if TYPE_CHECKING:
-    from stages.inference.generate import Generation, SamplingOptions
+    from stages.inference.generate import Generation
 
 UNANSWERABLE = "ask something else: the chat template of the student's teacher does not take this"
-_DRAWN = "a top-p above 0 and up to 1, a finite temperature from 0, a seed from 0 and below 2^63"
 
 
 def generate(run: RunFolder, prompts: Sequence[str], **options: Unpack[SamplingOptions]) -> list[Generation]:
@@ -30,10 +30,8 @@ def generate(run: RunFolder, prompts: Sequence[str], **options: Unpack[SamplingO
 
 def require_sampling(options: SamplingOptions) -> None:
     """Raises UsageError for options that mean nothing, before a model is loaded or anything is typed."""
-    from stages.inference.generate import sampling
-
-    with as_usage(_DRAWN):
-        sampling(**options)
+    with as_usage("leave the option out to take its default"):
+        Sampling(**options)
 
 
 def text_of(read: Callable[[], str]) -> str:

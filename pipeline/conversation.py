@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 from pipeline.asking import UNANSWERABLE, require_sampling
 from pipeline.errors import as_usage
 from pipeline.run import RunFolder
 from pipeline.steps import silence_loading_bars
-
-if TYPE_CHECKING:
-    from stages.inference.generate import SamplingOptions
+from stages.inference.settings import SamplingOptions
 
 RESET, END = "/reset", "/quit"
 

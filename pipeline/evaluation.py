@@ -171,13 +171,7 @@ def _answered(run: RunFolder, texts: Sequence[Text], *, checkable: bool) -> dict
     count = max(settings.prompts, settings.checked) if checkable else settings.prompts
     asked = [texts[index] for index in range(min(count, len(texts)))]
     start = time.monotonic()
-    answers = student.generate_from_ids(
-        [text.prompt_ids_P.tolist() for text in asked],
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-    )
+    answers = student.generate_from_ids([text.prompt_ids_P.tolist() for text in asked], **settings.sampling())
     seconds = time.monotonic() - start
     samples = [
         {

@@ -16,9 +16,11 @@ from typing import Any
 from pipeline import figures
 from pipeline.errors import PipelineError, UsageError
 from pipeline.json_output import json_text
+from stages.distill.settings import DistillSettings
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 GPUS, TOKENS = (1, 8, 64), (1e9, 100e9)
+_DISTILL = DistillSettings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +80,8 @@ class Assumptions:
     prompt: int = 512
     response: int = 1024
     """Tokens of a sample."""
-    epochs: int = 3
-    global_batch: int = 48
+    epochs: int = _DISTILL.epochs
+    global_batch: int = _DISTILL.global_batch
     step_seconds: float = 0.05
     """What no number of GPUs takes off a step: launches, the collective, the optimiser."""
 

@@ -81,17 +81,19 @@ def standing_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serve() -> Callable[[Any], AbstractContextManager[str]]:
+def serve() -> Callable[..., AbstractContextManager[str]]:
     """Serves an application on loopback, in a thread of this process: `with serve(app) as address`."""
     return _serving
 
 
 @contextmanager
-def _serving(app: Any) -> Iterator[str]:
+def _serving(app: Any, send_buffer: int | None = None) -> Iterator[str]:
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        if send_buffer is not None:  # of every connection: what the kernel takes from the server unread
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

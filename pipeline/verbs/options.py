@@ -66,7 +66,9 @@ TensorParallelOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1)]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
-TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", max=1.0, help="Draw among the likeliest tokens that reach this mass; above 0.")
+]
 SeedOption = Annotated[int, typer.Option("--seed")]
 ShardsOption = Annotated[
     str | None, typer.Option("--shards", help="The folder or URL of a shard set. [default: the run's own]")

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from pipeline.plan import Assumptions, told
 from pipeline.verbs.options import JsonOption, print_lines
+
+_ASSUMED = Assumptions()  # whose defaults are the options' own
 
 
 def inspect_shard(
@@ -78,9 +81,15 @@ def estimate(
     machines: Annotated[int, typer.Option("--machines", min=1, help="Machines like that of the sample.")] = 1,
     price: Annotated[float | None, typer.Option("--price", min=0, help="Of one machine and hour.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="No set: both stages for Qwen3-8B on GPUs, on paper.")] = False,
-    peak: Annotated[float, typer.Option("--peak", help="With --plan: bf16 TFLOP/s of one GPU, assumed.")] = 989.0,
-    utilisation: Annotated[float, typer.Option("--utilisation", help="With --plan: prefill's share of it.")] = 0.4,
-    store: Annotated[float, typer.Option("--store", help="With --plan: GB/s of a machine's object store.")] = 1.0,
+    peak: Annotated[
+        float, typer.Option("--peak", help="With --plan: bf16 TFLOP/s of one GPU, assumed.")
+    ] = _ASSUMED.peak,
+    utilisation: Annotated[
+        float, typer.Option("--utilisation", help="With --plan: prefill's share of it.")
+    ] = _ASSUMED.utilisation,
+    store: Annotated[
+        float, typer.Option("--store", help="With --plan: GB/s of a machine's object store.")
+    ] = _ASSUMED.store,
     as_json: JsonOption = False,
 ) -> None:
     """Tell bytes, hours and cost of a planned teacher cache.
@@ -91,7 +100,6 @@ def estimate(
     """
     from pipeline.errors import UsageError
     from pipeline.estimate import estimate as tell
-    from pipeline.plan import Assumptions, told
 
     of_set, of_plan = ("path", "positions", "rate", "machines", "price"), ("peak", "utilisation", "store")
     if void := [name for name in (of_set if plan else of_plan) if _was_given(context, name)]:

@@ -20,19 +20,23 @@ from pipeline.verbs.options import (
     print_lines,
     run_names,
 )
+from stages.inference.server.settings import ServerSettings
+from stages.inference.settings import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_SAMPLING, _SERVER = Sampling(), ServerSettings()  # whose defaults are the options' own
 
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to ask. [default: read standard input]")] = None,
     file: Annotated[Path | None, typer.Option(help="Ask every line of this file instead.")] = None,
     name: RunOption = None,
-    max_new_tokens: MaxNewTokensOption = 160,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
+    max_new_tokens: MaxNewTokensOption = _SAMPLING.max_new_tokens,
+    temperature: TemperatureOption = _SAMPLING.temperature,
+    top_p: TopPOption = _SAMPLING.top_p,
+    seed: SeedOption = _SAMPLING.seed,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt, or every line of a file, with the student."""
@@ -58,10 +62,10 @@ def generate(
 
 def chat(
     name: RunOption = None,
-    max_new_tokens: MaxNewTokensOption = 160,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
+    max_new_tokens: MaxNewTokensOption = _SAMPLING.max_new_tokens,
+    temperature: TemperatureOption = _SAMPLING.temperature,
+    top_p: TopPOption = _SAMPLING.top_p,
+    seed: SeedOption = _SAMPLING.seed,
     as_json: JsonOption = False,
 ) -> None:
     """Talk with the student: a turn a line, from the keyboard or a pipe.
@@ -110,17 +114,21 @@ def serve(
             autocompletion=run_names, metavar="[RUN | NAME=FOLDER]…", help="[default: the newest finished run]"
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 is any free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = _SERVER.host,
+    port: Annotated[int, typer.Option(help="0 is any free one.")] = _SERVER.port,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="MINICODFORMER_API_KEY", help="Ask for this key; the variable hides it from `ps`."),
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Answers written together.")] = 64,
-    queue: Annotated[int, typer.Option(min=0, help="Answers that may wait for a slot; then 429.")] = 128,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 4096,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer that may be asked for.")] = 1024,
-    drain_seconds: Annotated[float, typer.Option(min=0.0, help="Time to finish answers when stopped.")] = 30.0,
+    slots: Annotated[int, typer.Option(min=1, help="Answers written together.")] = _SERVER.slots,
+    queue: Annotated[int, typer.Option(min=0, help="Answers that may wait for a slot; then 429.")] = _SERVER.queue,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = _SERVER.max_prompt_tokens,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The longest answer that may be asked for.")
+    ] = _SERVER.max_new_tokens,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0.0, help="Time to finish answers when stopped.")
+    ] = _SERVER.drain_seconds,
 ) -> None:
     """Serve students over HTTP.
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from stages.inference.sampling import Candidate, Sampling
+from stages.inference.sampling import Candidate
+from stages.inference.settings import Sampling
 from stages.inference.transcript import FinishReason, Transcript
 
 Decode = Callable[[Sequence[int]], str]

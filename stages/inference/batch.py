@@ -28,6 +28,8 @@ class DecodeBatch:
 
     def join(self, answers: Sequence[Answer]) -> None:
         """Take answers in: their prompts are encoded now, their first tokens come with the next step."""
+        if not answers:
+            return
         encoded = self._prompts.encoded([answer.prompt_ids for answer in answers])
         self._state = joined(self._state, fresh(self._model, encoded))
         self._answers += answers

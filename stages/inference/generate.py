@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Unpack
 
 import torch
-from typing_extensions import Unpack
 
 from stages.corpus.chat import read_thinking
 from stages.corpus.rows import Message
@@ -30,23 +29,12 @@ from stages.inference.batch import DecodeBatch
 from stages.inference.few_rows import expect_few_rows
 from stages.inference.loading import load_model, newest_model
 from stages.inference.prompts import PromptCache
-from stages.inference.sampling import Sampling
+from stages.inference.settings import Sampling, SamplingOptions
 from stages.inference.transcript import FinishReason
 from stages.student.model import MiniCodformerForConditionalGeneration
 
 BATCH = 32
 """Prompts answered at once; as one answer ends, the next prompt takes its place."""
-
-
-class SamplingOptions(TypedDict, total=False):
-    """How answers are drawn, as keyword arguments; the fields of `Sampling` say what each means."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    stop: Sequence[str]
-    logprobs: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,17 +95,17 @@ class Student:
 
     def stream_pieces(self, prompt: str | Sequence[Message], **options: Unpack[SamplingOptions]) -> Iterator[Piece]:
         """What each token brings: text, log-probabilities where asked for, and in the end the reason of the end."""
-        answer = self.answer(self.prompt_ids(prompt), sampling(**options))
+        answer = self.answer(self.prompt_ids(prompt), Sampling(**options))
         return self._written_alone(answer)
 
     def generate_from_ids(
         self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]
     ) -> list[Generation]:
         """Answer prompts that are token ids already, chat template included. Raises ValueError."""
-        drawn = sampling(**options)
+        drawn = Sampling(**options)
         for index, prompt in enumerate(prompts):
             self.require_ids(prompt, f"prompt {index}")
-        answers = [self.answer(prompt, replace(drawn, seed=drawn.seed + index)) for index, prompt in enumerate(prompts)]
+        answers = [self.answer(prompt, drawn.of_answer(index)) for index, prompt in enumerate(prompts)]
         batch = self._batch()
         waiting = deque(answers)
         while waiting or len(batch):
@@ -159,11 +147,6 @@ class Student:
         while len(batch):
             for _, piece in batch.step():
                 yield piece
-
-
-def sampling(**options: Unpack[SamplingOptions]) -> Sampling:
-    """Checked options. Raises ValueError."""
-    return Sampling(**options)
 
 
 def _generation(answer: Answer) -> Generation:

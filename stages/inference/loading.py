@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stages.errors import StageError
 from stages.student.config import MiniCodformerConfig
 from stages.student.model import MiniCodformerForConditionalGeneration
@@ -27,7 +29,11 @@ def load_model(folder: Path) -> MiniCodformerForConditionalGeneration:
     hint = "copy it again, or move it away and run make distill: it writes the model again from its last checkpoint"
     try:
         model, loaded = MiniCodformerForConditionalGeneration.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+            str(folder),
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except Exception as error:  # safetensors and transformers raise bare Exception for damaged files
         raise StageError(f"the student in {folder} cannot be read: {error}", hint=hint) from error

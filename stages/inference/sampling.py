@@ -6,50 +6,18 @@ or moved, and what an answer draws depends on its seed alone, not on the answers
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-MAX_LOGPROBS = 20
+from stages.inference.settings import Sampling
+
 _LIKELY_NUCLEUS = 256
 """Tokens that hold a nucleus nearly always; where they do not, the whole vocabulary is sorted."""
 _LOWEST = 1e-30
 """What a temperature or top_p above 0 is raised to, so that fp32 can hold it. Far below, draws are greedy already."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """Raises ValueError for values that mean nothing."""
-
-    max_new_tokens: int = 160
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    """Draw among the most probable tokens that together reach this mass."""
-    seed: int = 0
-    """Prompt n of a call draws with seed + n."""
-    stop: Sequence[str] = ()
-    """An answer ends before any of these; a text alone is one of them."""
-    logprobs: int | None = None
-    """Report each token's log-probability, and those of this many most probable tokens beside it."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 or a finite number above, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0, not {self.seed}")
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if not all(self.stop):
-            raise ValueError("a stop string must not be empty")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs must lie in [0, {MAX_LOGPROBS}], not {self.logprobs}")
 
 
 def next_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:

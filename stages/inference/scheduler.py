@@ -1,7 +1,8 @@
 """Who is decoded when: a bounded queue before a batch of slots, and one thread that moves the batch token by token.
 
-Answers are taken in the order in which they came. No step takes in more than PREFILL_TOKENS tokens of new prompts (but
-always one prompt), so that answers under way go on while a crowd arrives.
+Answers are taken in the order in which they came. One holds its place until `cancel`, written or not: what its caller
+has not taken yet lies in memory, and the bound is one of memory. No step takes in more than PREFILL_TOKENS tokens of
+new prompts (but always one prompt), so that answers under way go on while a crowd arrives.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Load:
 
     running: int
     waiting: int
+    untaken: int
+    """Written, but not yet taken by those who asked."""
     generated_tokens: int
     prompt_tokens: int
     prompt_hits: int
@@ -70,7 +73,8 @@ class Scheduler:
         self._prompts = PromptCache(model)
         self._batch = DecodeBatch(model, self._prompts)
         self._changed = threading.Condition()  # guards all below
-        self._listeners: dict[Answer, Listener] = {}
+        self._held: set[Answer] = set()
+        self._listeners: dict[Answer, Listener] = {}  # of those that are held and not written yet
         self._waiting: deque[Answer] = deque()
         self._cancelled: set[Answer] = set()
         self._taking, self._ended = True, False
@@ -80,25 +84,34 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, answers: Sequence[Answer], listen: Listener) -> None:
-        """Have all of the answers written, or none. Raises QueueFull or Closed, and ValueError for more than ever fit.
+        """Have all of the answers written, or none. Raises what `require_room` raises.
 
-        `listen` is told of every piece; an exception is the last thing it hears of an answer.
+        `listen` is told of every piece; an exception is the last thing it hears of an answer. Whoever submits calls
+        `cancel` in the end.
         """
-        if len(answers) > self.slots + self.queue:
-            raise ValueError(f"{len(answers)} answers at once; this server holds {self.slots + self.queue}")
         with self._changed:
-            if not self._taking:
-                raise Closed
-            excess = len(self._listeners) + len(answers) - self.slots - self.queue
-            if excess > 0:
-                raise QueueFull(self._seconds_until_room(excess))
+            self.require_room(len(answers))
+            self._held.update(answers)
             self._listeners.update(dict.fromkeys(answers, listen))
             self._waiting.extend(answers)
             self._changed.notify_all()
 
-    def cancel(self, answers: Sequence[Answer]) -> None:
-        """Nobody waits for these any more: their slots are free from the next step on."""
+    def require_room(self, count: int) -> None:
+        """Raises QueueFull or Closed where so many answers are not taken now, and ValueError for more than ever fit."""
+        most = self.slots + self.queue
+        if count > most:
+            raise ValueError(f"{count} answers at once; this server holds {most}")
         with self._changed:
+            if not self._taking:
+                raise Closed
+            excess = len(self._held) + count - most
+            if excess > 0:
+                raise QueueFull(self._seconds_until_room(excess))
+
+    def cancel(self, answers: Sequence[Answer]) -> None:
+        """Nobody waits for these any more: their places are free now, their slots from the next step on."""
+        with self._changed:
+            self._held.difference_update(answers)
             self._cancelled.update(answer for answer in answers if self._listeners.pop(answer, None))
             self._changed.notify_all()
 
@@ -108,6 +121,7 @@ class Scheduler:
             return Load(
                 running=len(self._listeners) - waiting,
                 waiting=waiting,
+                untaken=len(self._held) - len(self._listeners),
                 generated_tokens=self._generated,
                 prompt_tokens=self._prompt_tokens,
                 prompt_hits=self._prompts.hits,

@@ -19,6 +19,7 @@ from typer._click.exceptions import ClickException
 import cli
 from pipeline.recipe import load
 from pipeline.run import RunFolder
+from pipeline.shard_tools import export
 from pipeline.summary import demo_lines
 from stages.inference.server.app import create_app
 from stages.inference.server.models import ServedModel
@@ -32,6 +33,8 @@ OTHERS = {"source", "screen", "apt-get", "curl", "cat", "echo"}
 """Programs that a README may use without our parsing them."""
 SERVED = "http://127.0.0.1:8000"
 """Where a README says that the server is; the test's own stands elsewhere."""
+EXPORTED = "decoded"
+"""Where a README has exported a shard set to."""
 LANGUAGES = {"sh", "python", "json", "toml", "text"}
 
 
@@ -148,8 +151,11 @@ def test_python_runs_beside_a_finished_run(
     block: Block, finished_run: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(finished_run.parent.parent)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(finished_run.parent / "code"))
     for name in set(re.findall(r"runs/([\w.-]+)", block.code)) - {"tiny"}:
         (finished_run.parent / name).symlink_to(finished_run)
+    if EXPORTED in block.code:
+        export(str(finished_run / "shards"), EXPORTED, kind="parquet")
     if SERVED not in block.code:
         exec(compile(block.code, str(block), "exec"), {})
         return

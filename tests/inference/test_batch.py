@@ -13,7 +13,8 @@ from stages.inference.batch import DecodeBatch
 from stages.inference.few_rows import FewRowsLinear, FewRowsNorm, FewRowsRecurrence, expect_few_rows
 from stages.inference.generate import Student
 from stages.inference.prompts import PromptCache
-from stages.inference.sampling import Sampling, candidates
+from stages.inference.sampling import candidates
+from stages.inference.settings import Sampling
 from stages.inference.stepping import advance, encode, fresh
 from stages.student.config import MiniCodformerConfig
 from stages.student.layers import RMSNorm
@@ -67,6 +68,14 @@ def test_joining_and_leaving_at_any_token_changes_no_answer(student: Student, pr
         batch.step()
     assert [answer.token_ids for answer in answers] == alone
     assert all(len(leaver.token_ids) == 2 or leaver.finish_reason for leaver in left)
+
+
+def test_where_nobody_joins_no_state_is_copied(student: Student) -> None:
+    batch = DecodeBatch(student.model, PromptCache(student.model))
+    batch.join([student.answer([5], Sampling())])
+    state = batch._state
+    batch.join([])
+    assert batch._state is state
 
 
 def test_a_finished_answer_leaves_the_batch_and_is_not_written_on(student: Student, answers: dict[str, str]) -> None:

@@ -14,7 +14,9 @@ import torch
 from stages.errors import StageError
 from stages.inference import generate as generate_module
 from stages.inference.generate import Student
-from stages.inference.sampling import Sampling, next_tokens
+from stages.inference.loading import load_model
+from stages.inference.sampling import next_tokens
+from stages.inference.settings import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,11 @@ def test_a_seed_decides_what_is_drawn_whatever_stands_beside_it(student: Student
     assert student.generate(prompt, seed=8, **settings)[0] != alone
 
 
+def test_after_the_last_seed_comes_the_first(student: Student) -> None:
+    last, first = student.generate(["count", "count"], seed=2**63 - 1, temperature=30.0, max_new_tokens=12)
+    assert first == student.generate("count", seed=0, temperature=30.0, max_new_tokens=12)[0] != last
+
+
 def test_no_global_random_state_is_read_or_moved(student: Student) -> None:
     def states() -> tuple[Any, ...]:
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -149,6 +156,7 @@ def test_the_tiniest_temperature_and_top_p_are_greedy(student: Student, answers:
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
         ({"stop": [""]}, "stop"),
     ],
 )
@@ -186,6 +194,14 @@ def test_a_damaged_folder_is_refused(student_folder: Path, tmp_path: Path, victi
     (copy / victim).write_bytes((copy / victim).read_bytes()[:200])
     with pytest.raises(StageError, match="cannot be read"):
         Student.load(copy)
+
+
+def test_weights_of_another_precision_are_read_in_fp32(student_folder: Path, tmp_path: Path) -> None:
+    copy = copy_of(student_folder, tmp_path)
+    load_model(copy).to(torch.bfloat16).save_pretrained(copy)
+    student = Student.load(copy, device="cpu")
+    assert {weight.dtype for weight in student.model.parameters()} == {torch.float32}
+    assert student.generate("count")[0].text
 
 
 def test_missing_weights_are_named_and_not_made_up(student_folder: Path, tmp_path: Path) -> None:

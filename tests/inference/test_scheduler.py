@@ -14,8 +14,8 @@ from stages.inference import scheduler as scheduler_module
 from stages.inference.answer import Answer
 from stages.inference.batch import DecodeBatch
 from stages.inference.generate import Student
-from stages.inference.sampling import Sampling
 from stages.inference.scheduler import Closed, Event, QueueFull, Scheduler
+from stages.inference.settings import Sampling
 
 PATIENCE = 60.0
 
@@ -168,6 +168,22 @@ def test_S2_a_cancelled_answer_frees_its_slot_whether_it_ran_or_waited(student: 
     ear.wait(again)
     assert len(running.token_ids) == count, "nobody writes on"
     scheduler.cancel([again])
+    scheduler.close()
+
+
+def test_S2_an_answer_that_is_written_holds_its_place_until_it_is_taken(student: Student) -> None:
+    scheduler, ear = Scheduler(student.model, slots=1, queue=0), Ear()
+    written, next_one = (student.answer(student.prompt_ids("count"), Sampling()) for _ in range(2))
+    scheduler.submit([written], ear)
+    ear.wait(written)
+    with pytest.raises(QueueFull):
+        scheduler.submit([next_one], ear)
+    load = scheduler.load()
+    assert (load.running, load.waiting, load.untaken) == (0, 0, 1)
+    scheduler.cancel([written])
+    assert scheduler.load().untaken == 0
+    scheduler.submit([next_one], ear)
+    ear.wait(next_one)
     scheduler.close()
 
 

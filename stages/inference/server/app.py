@@ -14,17 +14,15 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.types import ASGIApp
 
-from stages.inference.server import errors, openai_routes
+from stages.inference.server import errors
 from stages.inference.server.errors import Refusal
 from stages.inference.server.guard import Guard
 from stages.inference.server.models import ServedModel
-from stages.inference.server.openai_routes import refusals
+from stages.inference.server.openai_routes import openai_routes, refusals
 from stages.inference.server.pages import NoRuns, Runs, page_routes
 from stages.inference.server.service import Service
 from stages.inference.server.settings import ServerSettings
 from stages.inference.server.ticket import shutting_down
-
-_PATHS = ("/", "/runs", "/health", "/ready", "/metrics", "/api/status", "/api/runs", "/openapi.json")
 
 
 class Alive(BaseModel):
@@ -37,7 +35,7 @@ class Ready(BaseModel):
 
 def create_app(models: Sequence[ServedModel], settings: ServerSettings, runs: Runs | None = None) -> ASGIApp:
     """A server of these models, which needs an ASGI server that runs its lifespan."""
-    service = Service(models, settings, (*_PATHS, *openai_routes.PATHS))
+    service = Service(models, settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -48,7 +46,7 @@ def create_app(models: Sequence[ServedModel], settings: ServerSettings, runs: Ru
     # The documentation pages that FastAPI brings load scripts from elsewhere; the schema itself is at /openapi.json.
     app = FastAPI(title="MiniCodformer", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
     errors.install(app)
-    app.include_router(openai_routes.openai_routes(service))
+    app.include_router(openai_routes(service))
     app.include_router(page_routes(runs or NoRuns()))
     _operator_routes(app, service)
     _state_our_own_errors(app)

@@ -16,6 +16,10 @@ from stages.inference.server.settings import ServerSettings
 _OPEN = {"/", "/runs", "/health", "/ready", "/openapi.json"}
 """Paths that need no key, with all below /web/: they tell nothing that the sources do not."""
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+_FOREIGN_NAME = (
+    "without a key this server answers to the name localhost only: to be reached by another one, through a proxy too, "
+    "start it with --api-key, or with --host and the address that others know"
+)
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -25,12 +29,14 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
+NO_ROUTE = "other"
+"""What is counted where a request reached no route: there is none, or it was refused before."""
 _CLOSE = {"connection": "close"}
 """Where a body is not read to its end, no other request can follow it."""
 
 
 class Guard:
-    """Wraps the application; `count` hears path and status of each response."""
+    """Wraps the application; `count` hears the path of the route and the status of each response."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, count: Callable[[str, int], None]) -> None:
         self._app, self._count = app, count
@@ -50,7 +56,7 @@ class Guard:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
-                self._count(scope["path"], message["status"])
+                self._count(getattr(scope.get("route"), "path", NO_ROUTE), message["status"])
             await send(message)
 
         refusal = self._refusal(scope)
@@ -62,7 +68,7 @@ class Guard:
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         headers, path = Headers(scope=scope), scope["path"]
         if self._local_only and _name(headers.get("host", "").lower()) not in self._local_names:
-            return error_response(421, "this server answers to the name localhost only")
+            return error_response(421, _FOREIGN_NAME)
         if self._key is not None and path not in _OPEN and not path.startswith("/web/"):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             same = hmac.compare_digest(_digest(given.strip().encode("latin-1")), self._key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -10,10 +11,9 @@ from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
 
+from stages.inference.server.delivery import Delivery, slices
 from stages.inference.server.errors import ErrorBody, Refusal, error_document
 from stages.inference.server.models import ServedModel
 from stages.inference.server.requests import ChatRequest, CompletionRequest
@@ -31,7 +31,6 @@ from stages.inference.server.responses import (
 from stages.inference.server.service import Service
 from stages.inference.server.ticket import Ticket
 
-PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 NOBODY_LISTENS = 499
 """What is counted for a request whose caller has left; nobody receives it."""
 
@@ -73,42 +72,38 @@ def openai_routes(service: Service) -> APIRouter:
     @router.post("/completions", responses={**answers, 200: {"model": Completion, "content": streamed}})
     async def complete(body: CompletionRequest, request: Request) -> Response:
         model = service.find(body.model)
-        prompts = await service.encode(model, body.prompts(), "prompt")
-        form = CompletionForm(_heading("cmpl", model))
-        return await _answer(service, model, body, prompts, form, request)
+        return await _answer(service, model, body, CompletionForm(_heading("cmpl", model)), request)
 
     @router.post("/chat/completions", responses={**answers, 200: {"model": ChatCompletion, "content": streamed}})
     async def chat(body: ChatRequest, request: Request) -> Response:
         model = service.find(body.model)
-        prompts = await service.encode(model, [tuple(turn.message() for turn in body.messages)], "messages")
-        form = ChatForm(_heading("chatcmpl", model))
-        return await _answer(service, model, body, prompts, form, request)
+        return await _answer(service, model, body, ChatForm(_heading("chatcmpl", model)), request)
 
     return router
 
 
 async def _answer(
-    service: Service,
-    model: ServedModel,
-    body: CompletionRequest | ChatRequest,
-    prompts: list[list[int]],
-    form: Form,
-    request: Request,
+    service: Service, model: ServedModel, body: CompletionRequest | ChatRequest, form: Form, request: Request
 ) -> Response:
-    drawn = body.sampling(service.settings.max_new_tokens)
-    ticket = service.submit(model, prompts, drawn, body.n or 1, body.length_field)
-    prompt_tokens = sum(map(len, prompts))
+    drawn, count, asked = body.sampling(service.settings.max_new_tokens), body.n or 1, body.prompts()
+    service.require_room(model, drawn, count * len(asked), body.length_field)
+    prompts = await service.encode(model, asked, body.prompt_field)
+    ticket = service.submit(model, prompts, drawn, count)
+    prompt_tokens, patience = sum(map(len, prompts)), service.settings.unread_seconds
     headers = {"x-ignored-fields": ", ".join(ignored)} if (ignored := body.ignored()) else {}
     if body.stream:
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return _Stream(_chunks(form, ticket, prompt_tokens if with_usage else None), ticket, headers)
-    try:
+        chunks = _chunks(form, ticket, prompt_tokens if with_usage else None)
+        return Delivery(chunks, ticket, patience, "text/event-stream", {**headers, "cache-control": "no-store"})
+    with contextlib.ExitStack() as leaving:
+        leaving.callback(ticket.cancel)
         if not await _finished(ticket, request):
             return Response(status_code=NOBODY_LISTENS)
-    finally:
-        ticket.cancel()
-    whole = form.whole(ticket.answers, usage(prompt_tokens, ticket.completion_tokens))
-    return Response(whole.model_dump_json(), media_type="application/json", headers=headers)
+        spent = usage(prompt_tokens, ticket.completion_tokens)
+        whole = form.whole(ticket.answers, spent).model_dump_json().encode()
+        leaving.pop_all()  # from here on the delivery holds the ticket
+    headers["content-length"] = str(len(whole))
+    return Delivery(slices(whole), ticket, patience, "application/json", headers)
 
 
 async def _finished(ticket: Ticket, request: Request) -> bool:
@@ -145,20 +140,6 @@ async def _chunks(form: Form, ticket: Ticket, prompt_tokens: int | None) -> Asyn
     except Exception:  # the status is sent already: an event is the only way to tell the caller
         _log.exception("an answer failed while it was streamed")
         yield b"data: " + error_document(500, "Internal Server Error").encode() + b"\n\n"
-
-
-class _Stream(StreamingResponse):
-    """Gives the slots back however it ends, and also where it never began."""
-
-    def __init__(self, chunks: AsyncIterator[bytes], ticket: Ticket, headers: dict[str, str]) -> None:
-        super().__init__(chunks, media_type="text/event-stream", headers={**headers, "cache-control": "no-store"})
-        self._ticket = ticket
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._ticket.cancel()
 
 
 def _heading(kind: str, model: ServedModel) -> Heading:

@@ -9,12 +9,12 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from stages.corpus.rows import Message
-from stages.inference.sampling import MAX_LOGPROBS, Sampling
+from stages.inference.settings import MAX_LOGPROBS, SEEDS, Sampling
 
 _IGNORED = "x-ignored"
 
@@ -38,14 +38,25 @@ def _unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_unicode)]
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
+Many = Field(min_length=1, fail_fast=True)
+"""Of a list that may be as long as a body: its first wrong item is told, not one error for each of a million."""
+Ids = Annotated[list[int], Many]
 
-SEEDS = 2**63
 COMPLETION_TOKENS = 16
 """What OpenAI's completions write unless told otherwise."""
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field_says_enough(cls, said: Any) -> Any:
+        """As of a list's items, the first is told."""
+        if isinstance(said, dict) and len(said) > len(cls.model_fields):
+            unknown = next(name for name in said if name not in cls.model_fields)
+            return {name: value for name, value in said.items() if name in cls.model_fields or name == unknown}
+        return said
 
 
 class StreamOptions(Strict):
@@ -55,6 +66,9 @@ class StreamOptions(Strict):
 
 class Common(Strict):
     """What both kinds of request have in common."""
+
+    prompt_field: ClassVar[str]
+    """The field that says what is to be answered."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -108,11 +122,12 @@ class Common(Strict):
 class CompletionRequest(Common):
     """POST /v1/completions. A text is one user message under the chat template, as in `generate`; ids stay ids."""
 
+    prompt_field = "prompt"
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=64)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=64)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=64)]
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -149,7 +164,7 @@ class TextPart(Strict):
 
 class ChatTurn(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Many]
 
     name: None = None
     refusal: None = None
@@ -170,7 +185,8 @@ class TextFormat(Strict):
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatTurn], Field(min_length=1)]
+    prompt_field = "messages"
+    messages: Annotated[list[ChatTurn], Many]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="The newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -180,7 +196,7 @@ class ChatRequest(Common):
     functions: Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     audio: None = None
     moderation: None = None
     reasoning_effort: Literal["none"] | None = None
@@ -208,6 +224,10 @@ class ChatRequest(Common):
     @property
     def length_field(self) -> str:
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    def prompts(self) -> list[tuple[Message, ...]]:
+        """The one conversation."""
+        return [tuple(turn.message() for turn in self.messages)]
 
     def sampling(self, longest: int) -> Sampling:
         """`longest` is the most tokens that an answer may have here."""

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from stages.corpus.rows import Message
-from stages.inference.sampling import Sampling
 from stages.inference.scheduler import Scheduler
 from stages.inference.server.errors import Refusal
 from stages.inference.server.metrics import Metrics
 from stages.inference.server.models import ServedModel
 from stages.inference.server.settings import ServerSettings
-from stages.inference.server.ticket import Ticket, answers_of
+from stages.inference.server.ticket import Ticket, answers_of, refusing
+from stages.inference.settings import Sampling
 
 Prompt = str | tuple[Message, ...] | list[int]
 """One user message, a conversation, or token ids."""
@@ -21,12 +21,12 @@ Prompt = str | tuple[Message, ...] | list[int]
 class Service:
     """Lives on one event loop; the schedulers exist from `start` to `close`."""
 
-    def __init__(self, models: Sequence[ServedModel], settings: ServerSettings, paths: Sequence[str]) -> None:
+    def __init__(self, models: Sequence[ServedModel], settings: ServerSettings) -> None:
         self.models: Mapping[str, ServedModel] = {model.name: model for model in models}
         assert len(self.models) == len(models) > 0, "every model has a name of its own"
         self.settings = settings
         self.schedulers: dict[str, Scheduler] = {}
-        self.metrics = Metrics(self.schedulers, paths)
+        self.metrics = Metrics(self.schedulers)
         # One prompt after the other, beside the event loop: a tokenizer is not made for several threads.
         self._tokenizing = asyncio.Lock()
 
@@ -45,6 +45,14 @@ class Service:
         if name not in self.models:
             raise Refusal(404, f"there is no model {name!r} here", param="model", code="model_not_found")
         return self.models[name]
+
+    def require_room(self, model: ServedModel, drawn: Sampling, count: int, param: str) -> None:
+        """Refuse before any prompt is read. Raises Refusal, naming `param` where answers may get too long."""
+        longest = self.settings.max_new_tokens
+        if drawn.max_new_tokens > longest:
+            raise Refusal(400, f"`{param}`: an answer has at most {longest:,} tokens here", param=param)
+        with refusing():
+            self.schedulers[model.name].require_room(count)
 
     async def encode(self, model: ServedModel, prompts: Sequence[Prompt], param: str) -> list[list[int]]:
         """Token ids of each prompt. Raises Refusal, naming `param`, for what is no prompt or is too long."""
@@ -70,13 +78,8 @@ class Service:
             encoded.append(ids)
         return encoded
 
-    def submit(
-        self, model: ServedModel, prompts: Sequence[Sequence[int]], drawn: Sampling, count: int, param: str
-    ) -> Ticket:
-        """Have `count` answers to each prompt written. Raises Refusal, naming `param` where they may get too long."""
-        longest = self.settings.max_new_tokens
-        if drawn.max_new_tokens > longest:
-            raise Refusal(400, f"`{param}`: an answer has at most {longest:,} tokens here", param=param)
+    def submit(self, model: ServedModel, prompts: Sequence[Sequence[int]], drawn: Sampling, count: int) -> Ticket:
+        """Have `count` answers to each prompt written. Raises Refusal."""
         return Ticket(
             self.schedulers[model.name],
             answers_of(model.student, prompts, drawn, count),

@@ -23,6 +23,8 @@ class ServerSettings:
     max_new_tokens: int = 1024
     """Of one answer."""
     max_body_bytes: int = 1 << 20
+    unread_seconds: float = 60.0
+    """How long a part of an answer may wait for a caller who reads nothing; then the connection is closed."""
     drain_seconds: float = 30.0
     """How long answers under way may go on once the server was asked to stop."""
 
@@ -34,6 +36,8 @@ class ServerSettings:
             raise ValueError(f"queue must be at least 0, not {self.queue}")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must lie in [0, 65535], not {self.port}")
+        if not 0 < self.unread_seconds < float("inf"):
+            raise ValueError(f"unread_seconds must be a finite number above 0, not {self.unread_seconds}")
         if not 0 <= self.drain_seconds < float("inf"):
             raise ValueError(f"drain_seconds must be 0 or a finite number above, not {self.drain_seconds}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from stages.inference.answer import Answer, Piece
 from stages.inference.generate import Student
-from stages.inference.sampling import Sampling
 from stages.inference.scheduler import Closed, Event, QueueFull, Scheduler
 from stages.inference.server.errors import Refusal
-from stages.inference.server.requests import SEEDS
+from stages.inference.settings import Sampling
 
 SECONDS_TO_ANOTHER_SERVER = 5
 """What a server that shuts down tells its callers to wait: by then another one may stand there."""
@@ -36,15 +35,8 @@ class Ticket:
                 on_first(time.monotonic() - began)
             self._events.put_nowait((index[answer], event))
 
-        try:
+        with refusing():
             scheduler.submit(self.answers, listen)
-        except QueueFull as full:
-            after = str(max(1, math.ceil(full.retry_after)))
-            raise Refusal(429, f"the queue is full; try again in {after} s", headers={"retry-after": after}) from full
-        except Closed as closed:
-            raise shutting_down() from closed
-        except ValueError as error:
-            raise Refusal(400, f"`n`: {error}", param="n") from error
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Number of the answer, and what its next token brought. Raises Refusal, and what the model raised."""
@@ -63,12 +55,26 @@ class Ticket:
             pass
 
     def cancel(self) -> None:
-        """Stop writing what is not finished."""
+        """Stop writing what is not finished, and let go of what is."""
         self._scheduler.cancel(self.answers)
 
     @property
     def completion_tokens(self) -> int:
         return sum(len(answer.token_ids) for answer in self.answers)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Why a scheduler does not take answers, as their caller is told it."""
+    try:
+        yield
+    except QueueFull as full:
+        after = str(max(1, math.ceil(full.retry_after)))
+        raise Refusal(429, f"the queue is full; try again in {after} s", headers={"retry-after": after}) from full
+    except Closed as closed:
+        raise shutting_down() from closed
+    except ValueError as error:
+        raise Refusal(400, f"`n`: {error}", param="n") from error
 
 
 def shutting_down() -> Refusal:
@@ -83,6 +89,4 @@ def shutting_down() -> Refusal:
 def answers_of(student: Student, prompts: Sequence[Sequence[int]], drawn: Sampling, count: int) -> list[Answer]:
     """`count` answers to each prompt, the i-th of all with seed + i."""
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    return [
-        student.answer(prompt, replace(drawn, seed=(drawn.seed + index) % SEEDS)) for index, prompt in enumerate(wanted)
-    ]
+    return [student.answer(prompt, drawn.of_answer(index)) for index, prompt in enumerate(wanted)]

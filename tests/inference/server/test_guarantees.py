@@ -13,10 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from stages.errors import StageError
+from stages.inference.generate import Student
 from stages.inference.server.app import create_app
 from stages.inference.server.models import ServedModel
+from stages.inference.server.requests import ChatRequest, CompletionRequest
 from stages.inference.server.settings import ServerSettings
 from tests.inference.server.refusals import assert_refused
 
@@ -179,12 +182,14 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def asking(address: str, body: dict[str, Any]) -> Iterator[None]:
-    """A caller who has asked and hangs up in the end."""
+def asking(address: str, body: dict[str, Any], receive_buffer: int = 1 << 16) -> Iterator[None]:
+    """A caller who has asked, reads nothing, and hangs up in the end."""
     host, _, port = address.removeprefix("http://").partition(":")
     sent = json.dumps(body).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port))) as caller:
+    with socket.socket() as caller:
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        caller.connect((host, int(port)))
         caller.sendall(f"{head}Content-Length: {len(sent)}\r\n\r\n".encode() + sent)
         yield
 
@@ -228,6 +233,57 @@ def test_S2_a_caller_who_leaves_frees_its_slot(
         assert httpx.post(address + COMPLETIONS, json=ASKED).json()["choices"][0]["text"] == "one two three four"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("patience", [60.0, 0.1])
+def test_S2_answers_that_are_not_read_keep_their_places_for_a_while(
+    served: ServedModel, serve: Any, endless: Callable[[], None], stream: bool, patience: float
+) -> None:
+    body = {**LONG, "max_tokens": 64, "n": 8, "logprobs": 20, "stream": stream}
+    untaken, generated = (f'minicodformer_{what}{{model="{MODEL}"}}' for what in ("untaken", "generated_tokens_total"))
+    settings = ServerSettings(slots=8, queue=0, unread_seconds=patience)
+    small, app = 1 << 12, create_app([served], settings)
+    with serve(app, send_buffer=small) as address, asking(address, body, receive_buffer=small):
+        eventually(lambda: metric(address, generated) > 0)
+        if patience == 60:
+            eventually(lambda: metric(address, untaken) == 8)
+            assert_refused(httpx.post(address + COMPLETIONS, json=ASKED), 429)
+        else:
+            eventually(lambda: metric(address, untaken) == running(address) == 0)
+            endless()
+            assert httpx.post(address + COMPLETIONS, json=ASKED).status_code == 200
+
+
+@pytest.mark.usefixtures("endless")
+def test_S2_a_full_server_reads_no_prompt(served: ServedModel, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the prompt was read")
+
+    monkeypatch.setattr(Student, "prompt_ids", fail)
+    settings = ServerSettings(slots=1, queue=0, max_new_tokens=10**7)
+    with serve(create_app([served], settings)) as address, asking(address, {**LONG, "prompt": [5]}):
+        eventually(lambda: running(address) == 1)
+        assert_refused(httpx.post(address + COMPLETIONS, json=ASKED), 429)
+        assert_refused(httpx.post(address + COMPLETIONS, json={**ASKED, "n": 2}), 400)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (ChatRequest, {"messages": [{}] * 5_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 5_000}]}),
+        (ChatRequest, {"messages": [dict.fromkeys(map(str, range(5_000)))]}),
+        (ChatRequest, {"modalities": ["song"] * 5_000}),
+        (ChatRequest, dict.fromkeys(map(str, range(5_000)))),
+        (CompletionRequest, {"prompt": [None] * 5_000}),
+        (CompletionRequest, {"prompt": [[None] * 5_000]}),
+    ],
+)
+def test_S1_a_body_of_many_errors_is_as_cheap_as_one_of_few(kind: type[BaseModel], changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate({"model": MODEL, **changes})
+    assert refused.value.error_count() < 20
+
+
 @pytest.mark.parametrize("name", ["../learnt-3.answers", "/etc", "Upper", "a b", "", "é", "a/b"])
 def test_S3_a_name_that_leads_anywhere_is_none(student_folder: Path, address: str, name: str) -> None:
     with pytest.raises(StageError, match="cannot name a served model"):
@@ -250,7 +306,15 @@ def test_S3_a_path_in_a_request_opens_nothing(address: str, student_folder: Path
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"slots": 0}, {"queue": -1}, {"port": 70_000}, {"drain_seconds": float("nan")}, {"api_key": ""}, {"api_key": "é"}],
+    [
+        {"slots": 0},
+        {"queue": -1},
+        {"port": 70_000},
+        {"drain_seconds": float("nan")},
+        {"unread_seconds": 0.0},
+        {"api_key": ""},
+        {"api_key": "é"},
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).replace("api_key", "API key")):
@@ -272,6 +336,8 @@ def test_metrics_count_what_happened(served: ServedModel, serve: Any) -> None:
         assert metric(address, f"minicodformer_first_token_seconds_count{label}") == 3
         assert metric(address, 'minicodformer_responses_total{path="/v1/completions",status="200"}') == 3
         assert metric(address, 'minicodformer_responses_total{path="other",status="404"}') == 1
+        httpx.get(address + "/v1/models/no-such-model")
+        assert metric(address, 'minicodformer_responses_total{path="/v1/models/{model}",status="404"}') == 1
         assert metric(address, "process_resident_memory_bytes") > 1e6
         status = httpx.get(address + "/api/status").json()
         assert status["models"]["learnt-3.answers"]["generated_tokens"] == 3 * written

@@ -44,7 +44,8 @@ def test_S5_where_a_key_is_asked_nothing_is_told_without_it(served: ServedModel,
 
 def test_S5_without_a_key_a_foreign_name_for_this_machine_is_refused(address: str) -> None:
     for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""):
-        assert_refused(httpx.get(address + "/v1/models", headers={"host": host}), 421)
+        error = assert_refused(httpx.get(address + "/v1/models", headers={"host": host}), 421)
+        assert {"--api-key", "--host"} <= set(error["message"].replace(",", "").split())
     for host in ("localhost", "localhost:1234", "LocalHost:9", "127.0.0.1:9", "[::1]:9"):
         assert httpx.get(address + "/v1/models", headers={"host": host}).status_code == 200
 
