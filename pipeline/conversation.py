@@ -25,8 +25,8 @@ def converse(
 ) -> None:
     """Answer each turn through `write`, in pieces as they come, or as one line of JSON when the answer is whole.
 
-    `/reset` forgets what was said, `/quit` ends, an empty turn says nothing. Raises UsageError for options or a
-    turn that mean nothing, PipelineError where the run has no model.
+    `/reset` forgets what was said, `/quit` ends, an empty turn says nothing. Raises UsageError for options or a turn
+    that mean nothing.
     """
     from stages.corpus.rows import Message
     from stages.inference.generate import Student
