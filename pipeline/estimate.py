@@ -40,6 +40,7 @@ def estimate(
     where = standing_set(place)
     with as_usage("cache a few dozen samples of the corpus first"):
         size = estimate_size(where, positions)
+    measured = rate is None
     rate = _measured_rate(where) if rate is None else rate
     hours = None if rate is None else positions / (rate * machines) / 3600
     found = Estimate(
@@ -53,21 +54,23 @@ def estimate(
         hours=hours,
         cost=None if hours is None or price is None else hours * machines * price,
     )
-    return [json_text(found)] if as_json else _lines(found)
+    return [json_text(found)] if as_json else _lines(found, measured=measured)
 
 
 def _measured_rate(where: Path | str) -> float | None:
-    """From summary.json of the run that a set lies in."""
+    """From summary.json of the run that a set lies in, if that tells of this set."""
     if isinstance(where, str):
         return None
     try:
         facts = RunFolder(where.parent).summary()["teacher_cache"]
+        if Path(facts["where"]).resolve() != where.resolve():
+            return None
         return float(facts["captured"]) / float(facts["seconds"]) or None
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
 
 
-def _lines(found: Estimate) -> list[str]:
+def _lines(found: Estimate, *, measured: bool) -> list[str]:
     low, high = found.bytes - found.bytes_margin, found.bytes + found.bytes_margin
     sizes = f"{figures.size(found.bytes)} (95 %: {figures.size(low)} to {figures.size(high)})"
     lines = [
@@ -77,5 +80,6 @@ def _lines(found: Estimate) -> list[str]:
     if found.hours is None:
         return [*lines, "hours      not known: give --rate in response tokens a second"]
     rate = f"{figures.rate(found.positions_per_second or 0)} tokens/s each"
-    lines.append(f"hours      {figures.number(found.hours)} on {found.machines} machines at {rate}")
+    counted = ", loading the teacher included" if measured else ""
+    lines.append(f"hours      {figures.number(found.hours)} on {found.machines} machines at {rate}{counted}")
     return lines if found.cost is None else [*lines, f"cost       {figures.number(found.cost)}"]

@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 PROCESSED = Path("data/processed")
 
 
-def prepared_corpus(settings: CorpusSettings, target: Storage, emit: Emit) -> Corpus:
+def prepared_corpus(settings: CorpusSettings, target: Storage, responses: Path, emit: Emit) -> Corpus:
     """data/processed, to be cached at `target`. Raises PipelineError where other settings or rows made it.
 
-    A set that was begun with this very corpus goes on with it, whatever became of the rows since.
+    A set that was begun with this very corpus, or with `responses` to it, goes on, whatever became of the rows since.
     """
     from stages.corpus.store import read_commit, read_corpus
 
-    corpus = read_corpus(PROCESSED)
-    if _begun_with(target) != corpus.fingerprint:
+    corpus, begun = read_corpus(PROCESSED), _begun_with(target)
+    written = read_commit(responses)
+    if written is not None and written["fingerprint"] == begun:
+        begun = written["inputs"]["corpus"]
+    if begun != corpus.fingerprint:
         commit = read_commit(PROCESSED)
         assert commit is not None, "a corpus that was read has its commit"
         _require_made_from(settings, commit["inputs"], emit)

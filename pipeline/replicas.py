@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -39,6 +40,7 @@ _ANSWER_S = 10.0
 """Within which a cluster's head must answer."""
 _OBJECT_STORE_BYTES = 1 << 30
 """Records on their way; each is taken out at once."""
+_COME_UP = "see that the teacher fits the memory of a replica's devices, and that every host can read its folder"
 _DETAIL = re.compile(r"Worker exit type: (\w+) Worker exit detail: ([^.]+)\.")
 
 
@@ -58,7 +60,12 @@ class _Host:
     def __init__(self, order: EngineOrder, place: _Place) -> None:
         if place.pinned:
             os.sched_setaffinity(0, place.pinned)
-        self._replica = InProcess(order)
+        self._order = order
+
+    @cached_property
+    def _replica(self) -> InProcess:
+        """Made by the first call: what a constructor raises, Ray tells as a death and not as what it was."""
+        return InProcess(self._order)
 
     def facts(self) -> EngineFacts:
         return self._replica.facts()
@@ -92,7 +99,10 @@ class RayReplica:
                 hint="`ray status` says what the cluster has and who holds it",
             ) from error
         except RayError as error:
-            raise self._explained(error) from error
+            failure = self._explained(error)
+            if isinstance(failure, ReplicaDied):
+                failure = StageError(f"{self.name} died before it had said what it runs: {failure}", hint=_COME_UP)
+            raise failure from error
         return facts
 
     def start(self, wanted: Callable[[], bool]) -> bool:
@@ -114,7 +124,7 @@ class RayReplica:
                 self._notes.append(Note(stage=STAGE, text=text, level="warning"))
         raise StageError(
             f"{self._title} died {_STARTS} times before it had loaded the teacher: {failure}",
-            hint="see that the teacher fits the memory of a replica's devices, and that every host can read its folder",
+            hint=_COME_UP,
         )
 
     def run(self, samples: Sequence[Sample]) -> Iterator[Record | Note]:

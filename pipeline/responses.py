@@ -22,6 +22,7 @@ from stages.errors import StageError
 from stages.events import Emit
 from stages.inference.generate import Student
 from stages.teacher_cache.engines.vllm.generation import VllmAuthor
+from stages.teacher_cache.preflight import require_fits
 from stages.teacher_cache.respond import Author, respond
 from stages.teacher_cache.settings import RespondSettings
 from stages.teacher_cache.teacher import weights_fingerprint
@@ -30,10 +31,12 @@ from stages.teacher_cache.teacher import weights_fingerprint
 class StudentAuthor:
     """A finished student as an author."""
 
-    def __init__(self, student: Student, settings: RespondSettings, end_token_id: int) -> None:
-        self._student, self._settings, self._end = student, settings, end_token_id
+    def __init__(self, student: Student, settings: RespondSettings, end_token_id: int, *, context: int) -> None:
+        """`context` is the teacher's, which is to read prompt and response."""
+        self._student, self._settings, self._end, self._context = student, settings, end_token_id, context
 
     def write(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
+        """See Author. A prompt that leaves no room in the teacher's context gets no response."""
         answers = self._student.generate_from_ids(
             prompts,
             max_new_tokens=self._settings.max_new_tokens,
@@ -41,9 +44,12 @@ class StudentAuthor:
             top_p=self._settings.top_p,
             seed=seed,
         )
-        return [
+        responses = [
             [*answer.token_ids, self._end] if answer.finish_reason == "stop" else list(answer.token_ids)
             for answer in answers
+        ]
+        return [
+            response[: max(0, self._context - len(prompt))] for prompt, response in zip(prompts, responses, strict=True)
         ]
 
     def close(self) -> None:
@@ -52,6 +58,8 @@ class StudentAuthor:
 
 def write_responses(recipe: Recipe, corpus: Corpus, teacher: Path, out: Path, emit: Emit) -> Corpus:
     """The corpus with the responses that the recipe asks for. Raises StageError."""
+    if recipe.respond.student:  # what it writes joins the corpus's own
+        require_fits(corpus, recipe.teacher, recipe.cache, teacher)
     identity, author = _author(recipe, corpus, teacher)
     return respond(corpus=corpus, settings=recipe.respond, identity=identity, author=author, out=out, emit=emit)
 
@@ -68,7 +76,7 @@ def _author(recipe: Recipe, corpus: Corpus, teacher: Path) -> tuple[str, Callabl
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return f"student {digest}", lambda: StudentAuthor(
-        Student.load(Path(settings.student)), settings, corpus.end_token_id
+        Student.load(Path(settings.student)), settings, corpus.end_token_id, context=recipe.teacher.max_model_len
     )
 
 

@@ -51,6 +51,7 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: s
     Raises PipelineError where data/processed is not what the recipe prepares.
     """
     from pipeline.replicas import replicas
+    from shards.manifest import is_sealed, read_manifest
     from shards.storage import storage_at
     from shards.units import published_positions
     from stages.teacher_cache.cache import fill_cache
@@ -60,11 +61,12 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: s
     with run.lock("teacher-cache"), listening(run.events) as emit:
         recipe = run.adopt(recipe)
         storage = storage_at(place_of(run, shards))
-        corpus = prepared_corpus(recipe.corpus, storage, emit)
+        corpus = prepared_corpus(recipe.corpus, storage, run.responses, emit)
         if recipe.respond.by:
             corpus = _with_responses(run)
         teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, emit)
-        before, start = published_positions(storage), time.monotonic()
+        before = read_manifest(storage).totals()["positions"] if is_sealed(storage) else published_positions(storage)
+        start = time.monotonic()
         sizes = tensor_parallel_sizes(teacher, _MOST_DEVICES)
         with replicas(gpus, recipe.teacher.tensor_parallel, launch.machine(), sizes) as spread:
             manifest = fill_cache(
@@ -115,7 +117,7 @@ def plan_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: str 
 
     storage = storage_at(place_of(run, shards))
     with listening() as emit:
-        corpus = prepared_corpus(recipe.corpus, storage, emit)
+        corpus = prepared_corpus(recipe.corpus, storage, run.responses, emit)
     teacher = teacher_folder(recipe.teacher.model, recipe.teacher.revision, silent)
     sizes = tensor_parallel_sizes(teacher, _MOST_DEVICES)
     yield from preflight(

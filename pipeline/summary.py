@@ -33,7 +33,7 @@ def cache_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
         f"shards     {facts['shards']} files, {facts['records']:,} records, {facts['positions']:,} positions, "
         f"{facts['bytes'] / 1e6:.1f} MB: {facts['bytes'] / facts['positions']:.1f} bytes a position in all",
         f"stage one  {facts['captured']:,} positions in {facts['seconds']:.0f} s: "
-        f"{facts['captured'] / facts['seconds']:,.0f} response tokens/s, loading the teacher included",
+        f"{facts['captured'] / max(facts['seconds'], 0.1):,.0f} response tokens/s, loading the teacher included",
         *_fidelity_lines(facts.get("fidelity") or {}),
         f"           {run.shards}",
     ]

@@ -65,6 +65,11 @@ class Selection:
             raise ValueError(f"draws of a selection {self.kind!r} need the mass that they were drawn from")
 
     @property
+    def least_kept(self) -> int:
+        """The fewest ids that a position can have."""
+        return self.k if self.kind in ("topk", "hybrid") else 1
+
+    @property
     def most_kept(self) -> int:
         """The most ids that a position can have."""
         return self.k + self.draws
@@ -128,9 +133,7 @@ class Contract:
         _require_within("vocab_size", self.vocab_size, MAX_VOCABULARY)
         if self.selection.k > self.vocab_size:
             raise ValueError(f"k must be at most the vocabulary of {self.vocab_size}, not {self.selection.k}")
-        inside = all(type(node) is float and 0 < node < 1 for node in self.curve)
-        if len(self.curve) > MAX_NODES or not inside or list(self.curve) != sorted(set(self.curve), reverse=True):
-            raise ValueError(f"curve must be at most {MAX_NODES} exponents falling within (0, 1), not {self.curve!r}")
+        require_curve(self.curve)
         if self.curve and not self.selection.tail_known:
             raise ValueError("a curve belongs to a tail that is known")
         for field in dataclasses.fields(self):
@@ -177,6 +180,13 @@ class Contract:
                     f"{where}: {field.name} is {theirs!r} there, {ours!r} here",
                     hint="use another run directory, or the settings that the shards were written with",
                 )
+
+
+def require_curve(curve: tuple[float, ...]) -> None:
+    """Raise ValueError where these are no exponents of a partition curve."""
+    inside = all(type(node) is float and 0 < node < 1 for node in curve)
+    if len(curve) > MAX_NODES or not inside or list(curve) != sorted(set(curve), reverse=True):
+        raise ValueError(f"curve must be at most {MAX_NODES} exponents falling within (0, 1), not {curve!r}")
 
 
 def _require_within(name: str, value: object, largest: int) -> None:

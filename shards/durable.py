@@ -18,7 +18,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from shards.errors import StorageFailed
 
@@ -135,16 +135,24 @@ def remove_abandoned(folder: Path) -> list[str]:
     removed = []
     for path in sorted(folder.glob(f"{_TEMPORARY_PREFIX}*{_TEMPORARY_SUFFIX}")):
         # Somebody else may remove it first, and a file system without locks cannot tell: both mean "leave it".
-        with contextlib.suppress(OSError), path.open("rb") as file:
+        with contextlib.suppress(OSError), open_to_lock(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
             removed.append(path.name)
     return removed
 
 
+def open_to_lock(path: Path) -> BinaryIO:
+    """NFS locks only what is open for writing; elsewhere somebody else's file, which may only be read, will do."""
+    try:
+        return path.open("r+b")
+    except OSError:
+        return path.open("rb")
+
+
 def _link_new(folder: Path, target: Path, data: bytes, disk: Disk) -> bool:
     """Write a temporary file and link it to `target`; False where somebody else was first."""
-    with _temporary(folder, target.name, disk) as (path, descriptor):
+    with temporary(folder, target.name, disk=disk) as (path, descriptor):
         _write_all(descriptor, data, disk)
         disk.fsync(descriptor)
         try:
@@ -156,7 +164,7 @@ def _link_new(folder: Path, target: Path, data: bytes, disk: Disk) -> bool:
 
 
 @contextlib.contextmanager
-def _temporary(folder: Path, name: str, disk: Disk) -> Iterator[tuple[Path, int]]:
+def temporary(folder: Path, name: str, *, disk: Disk = LOCAL_DISK) -> Iterator[tuple[Path, int]]:
     """A new locked file beside the target. It is removed at the end, whatever happens in between."""
     while True:
         path = folder / f"{_TEMPORARY_PREFIX}{name}.{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from shards.contract import Contract
-from shards.manifest import CONTRACT_NAME, TABLES_NAME, read_contract, require_tables
+from shards.errors import Corrupt
+from shards.manifest import CONTRACT_NAME, TABLES_NAME, read_contract
 from shards.planes.calibration import learn_tables
 from shards.planes.codec import Planes3
 from shards.planes.tables import MAX_BYTES, fingerprint
@@ -32,18 +33,25 @@ def with_tables(
 ) -> tuple[Contract, bytes | None]:
     """The contract with the tables that its codec needs, and those tables: learnt from `examples` by the first to come.
 
-    Where the file of a set that was begun is gone, it is taken from a shard. Raises InvalidRecord for an example that
-    could not be written, Corrupt where the file is not the one that the set was begun with, StorageFailed.
+    Where the file of a set that was begun is gone or damaged, it is taken from a shard. Raises InvalidRecord for an
+    example that could not be written, Corrupt where no shard has the tables that the set was begun with, StorageFailed.
     """
     contract = dataclasses.replace(contract, tables=None)
     if contract.codec != Planes3.name:
         return contract, None
     begun = read_contract(storage) if storage.size(CONTRACT_NAME) is not None else None
+    named = None if begun is None else begun.tables
+    if named is not None and storage.size(TABLES_NAME) is not None and storage.sha256(TABLES_NAME) != named:
+        storage.set_aside(TABLES_NAME)
     if storage.size(TABLES_NAME) is None:
+        tables = _written(storage, begun) or _learnt(examples(), contract, budget)
+        if named not in (None, fingerprint(tables)):
+            raise Corrupt(
+                f"{storage.where(TABLES_NAME)} is lost, and what is learnt now is not what {CONTRACT_NAME} names",
+                hint=f"no shard was written yet: delete {storage.where(CONTRACT_NAME)} and run the same command again",
+            )
         storage.prepare()
-        storage.publish(TABLES_NAME, _written(storage, begun) or _learnt(examples(), contract, budget))
-    if begun is not None and begun.tables is not None:
-        require_tables(storage, begun)
+        storage.publish(TABLES_NAME, tables)
     tables = storage.read(TABLES_NAME, most=MAX_BYTES)
     return dataclasses.replace(contract, tables=fingerprint(tables)), tables
 

@@ -218,7 +218,7 @@ def require_tables(storage: Storage, contract: Contract) -> None:
     if storage.sha256(TABLES_NAME) != contract.tables:
         raise Corrupt(
             f"{storage.where(TABLES_NAME)} differs from what {CONTRACT_NAME} says of it",
-            hint="verify-shards --quarantine sets it aside; stage one, run again, takes it from the shards",
+            hint="delete it and run the same command again: it is taken from the shards",
         )
 
 

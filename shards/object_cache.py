@@ -3,7 +3,8 @@
 - A copy is checked when it arrives, and once more by every process before that process uses it first.
 - Processes share a cache: a copy appears whole by a rename, a file is fetched by one of them only, and one that is
   removed while somebody has it open stays readable there.
-- The limit may be passed by what is in use at one moment: the file just asked for is never refused.
+- The limit, or what the disk has left where that is less, may be passed by what is in use at one moment: the file just
+  asked for is never refused.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from shards.durable import remove_abandoned
+from shards.durable import remove_abandoned, temporary
 from shards.errors import Corrupt, StorageFailed
 
 DEFAULT_LIMIT = 64 << 30
@@ -50,11 +52,9 @@ class ObjectCache:
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             with _alone(self.folder / f".{sha256[:2]}.lock"):
-                if not self._intact(path, sha256, size):
+                while not self._intact(path, sha256, size):
                     self._make_room(size or 0, keep=path)
                     self._fetch(path, sha256, size, fetch, called)
-                os.utime(path)
-                self._checked.add(sha256)
         return path
 
     def folder_of(self, copies: Mapping[str, Path]) -> Path:
@@ -68,29 +68,28 @@ class ObjectCache:
         return folder
 
     def _intact(self, path: Path, sha256: str, size: int | None) -> bool:
+        """Whether a whole copy is there: before that is looked at, which may take long, and still afterwards."""
         try:
-            if size not in (None, path.stat().st_size):
+            os.utime(path)  # now, so that no other process takes it for the least recently used meanwhile
+            whole = sha256 in self._checked or _sha256(path) == sha256
+            if not whole or size not in (None, path.stat().st_size):
                 return False
         except FileNotFoundError:
             return False
-        return sha256 in self._checked or _sha256(path) == sha256
+        self._checked.add(sha256)
+        return True
 
     def _fetch(self, path: Path, sha256: str, size: int | None, fetch: Callable[[Path], None], called: str) -> None:
-        arriving = self.folder / f".{sha256}.{secrets.token_hex(4)}.tmp"
-        # The lock tells others that this one is alive: `remove_abandoned` leaves it.
-        with arriving.open("xb") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                fetch(arriving)
-                found = arriving.stat().st_size
-                if size not in (None, found) or _sha256(arriving) != sha256:
-                    raise Corrupt(
-                        f"{called} arrived as {found} bytes, which differ from its checksum",
-                        hint="try again; where it stays so, the remote file is damaged: verify-shards --quarantine",
-                    )
-                arriving.replace(path)
-            finally:
-                arriving.unlink(missing_ok=True)
+        with temporary(self.folder, sha256) as (arriving, _):
+            fetch(arriving)
+            found = arriving.stat().st_size
+            if size not in (None, found) or _sha256(arriving) != sha256:
+                raise Corrupt(
+                    f"{called} arrived as {found} bytes, which differ from its checksum",
+                    hint="try again; where it stays so, the remote file is damaged: verify-shards --quarantine",
+                )
+            arriving.replace(path)
+            self._checked.add(sha256)
 
     def _make_room(self, size: int, *, keep: Path) -> None:
         """Remove the least recently used copies until `size` more bytes fit."""
@@ -98,7 +97,7 @@ class ObjectCache:
         copies = sorted(
             ((status.st_mtime_ns, status.st_size, path) for path, status in _copies(self.folder) if path != keep),
         )
-        excess = sum(held for _, held, _ in copies) + size - self.limit
+        excess = size - min(self.limit - sum(held for _, held, _ in copies), shutil.disk_usage(self.folder).free)
         for _, held, path in copies:
             if excess <= 0:
                 break
@@ -140,7 +139,8 @@ def _explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageFailed(
             f"the shard cache {folder} refuses: {error.strerror or error}",
-            hint="make room or fix the permissions, or set MINICODFORMER_CACHE to another folder",
+            hint="make room, with MINICODFORMER_SHARD_CACHE_GB if by other copies, or fix the permissions, or set "
+            "MINICODFORMER_CACHE to another folder",
         ) from error
 
 

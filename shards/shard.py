@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from shards import framing
 from shards.codec import codec_for
 from shards.contract import Contract
-from shards.errors import Corrupt, ShardError, Truncated, unreadable
+from shards.errors import Corrupt, ShardError, Truncated, UnknownVersion, unreadable
 from shards.record import Int32, Record
 from shards.schema import (
     CHECK_BYTES,
@@ -52,7 +52,7 @@ class ShardReader:
             with _arrow_faults():
                 file = pa.ipc.open_file(pa.py_buffer(data))
                 self._footer_metadata = dict(file.metadata or {})
-                self.contract, self.unit, self.split = _described(file.schema.metadata or {})
+                self.contract, self.unit, self.split = self._described(file.schema.metadata or {})
                 self._batch = _only_batch(file, schema_for(self.contract))
                 parts = list(fixed_parts(self._batch))
             framing.check_index(self._frame, self._footer_metadata, parts)
@@ -180,6 +180,19 @@ class ShardReader:
                         self._cell(name, row)
             raise
 
+    def _described(self, metadata: dict[bytes, bytes]) -> tuple[Contract, str, str]:
+        """Contract, unit and split from the schema's metadata."""
+        try:
+            text, unit, split = (metadata[key].decode() for key in (b"contract", b"unit", b"split"))
+        except (KeyError, UnicodeDecodeError) as error:
+            raise Corrupt(f"its schema does not describe a shard ({error})", hint=framing.RESTORE) from error
+        try:
+            return Contract.from_json(text), unit, split
+        except UnknownVersion:
+            # A flipped bit may state another version too.
+            framing.check_seal(self._frame, self._footer_metadata)
+            raise
+
     def _tokens(self, name: str, row: int) -> Int32:
         ids = np.frombuffer(self._cell(name, row), np.int32).copy()
         if ids.size and not 0 <= ids.min() <= ids.max() < self.contract.vocab_size:
@@ -251,15 +264,6 @@ def _map(path: Path, called: str) -> mmap.mmap:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise unreadable(called, error, missing="check the path, or run stage one") from error
-
-
-def _described(metadata: dict[bytes, bytes]) -> tuple[Contract, str, str]:
-    """Contract, unit and split from the schema's metadata."""
-    try:
-        text, unit, split = (metadata[key].decode() for key in (b"contract", b"unit", b"split"))
-    except (KeyError, UnicodeDecodeError) as error:
-        raise Corrupt(f"its schema does not describe a shard ({error})", hint=framing.RESTORE) from error
-    return Contract.from_json(text), unit, split
 
 
 def _only_batch(file: pa.RecordBatchFileReader, schema: pa.Schema) -> pa.RecordBatch:

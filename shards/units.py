@@ -11,10 +11,12 @@ sealing reads a shard back.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,13 @@ import pyarrow as pa
 from shards.columns import SCHEMA, columns_of
 from shards.contract import Contract
 from shards.errors import Corrupt, Incomplete, Truncated
+from shards.schema import STATISTICS
 from shards.sealed_json import read_sealed, sealed
 from shards.shard import ShardReader
 from shards.storage import RESTORE_FILE, Storage
 
 UNITS_FOLDER = "units"
 _REMAKE = "delete it and run the same command again: it makes anew only what is missing"
-"""Until a set is sealed there is nothing that verify-shards could compare it with."""
 _SHARD_NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,199}")
 _SUFFIX = ".arrow"
 _BY_CONTENT = re.compile(r"(?P<unit>.+)-(?P<sha256>[0-9a-f]{64})\.json")
@@ -112,15 +114,16 @@ def published_units(storage: Storage) -> dict[str, str]:
 
 
 def published_positions(storage: Storage) -> int:
-    """Predicted positions of the units that are there. Raises what reading a damaged one raises."""
+    """Predicted positions of the units of a set that is not sealed. Raises what reading a damaged one raises."""
     total = 0
     for name in published_units(storage).values():
-        if storage.exclusive:
-            with ShardReader.open(storage.local(name, sha256="", size=0)) as shard:
-                total += int(shard.numbers("positions").sum(dtype="int64"))
-        else:
-            document = read_sealed(storage, f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json", hint=RESTORE_FILE)
-            total += int(document["shard"]["positions"])
+        with _not_sealed():
+            if storage.exclusive:
+                with ShardReader.open(storage.local(name, sha256="", size=0)) as shard:
+                    total += int(shard.numbers("positions").sum(dtype="int64"))
+            else:
+                document = read_sealed(storage, f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json", hint=RESTORE_FILE)
+                total += int(document["shard"]["positions"])
     return total
 
 
@@ -130,10 +133,17 @@ def describe(storage: Storage, name: str, contract: Contract, *, sha256: str | N
 
     Raises ContractMismatch where it was written under another contract, Corrupt, Truncated, Incomplete, StorageFailed.
     """
-    try:
+    with _not_sealed():
         if storage.exclusive:
             return _in_folder(storage, name, contract, sha256)
         return _in_store(storage, name, contract)
+
+
+@contextlib.contextmanager
+def _not_sealed() -> Iterator[None]:
+    """Until a set is sealed there is nothing that verify-shards could compare it with."""
+    try:
+        yield
     except (Corrupt, Truncated) as error:
         raise type(error)(str(error), hint=_REMAKE) from error
 
@@ -190,18 +200,21 @@ def _described(shard: ShardReader, name: str, sha256: str) -> Published:
 
 
 def _unit_document(published: Published, contract: Contract) -> dict[str, Any]:
-    return {
-        "contract": json.loads(contract.to_json()),
-        "shard": asdict(published.info),
-        "columns": published.columns.to_pydict(),
-    }
+    """JSON knows no NaN: a statistic that is not known is null."""
+    columns = published.columns.to_pydict()
+    for statistic in STATISTICS:
+        columns[statistic] = [None if math.isnan(value) else value for value in columns[statistic]]
+    return {"contract": json.loads(contract.to_json()), "shard": asdict(published.info), "columns": columns}
 
 
 def _from_document(document: Mapping[str, Any], contract: Contract, *, where: str, name: str) -> Published:
     try:
         theirs = Contract.from_json(json.dumps(document["contract"]))
         info = ShardInfo(**document["shard"])
-        columns = pa.RecordBatch.from_pydict(document["columns"], schema=SCHEMA)
+        stated = dict(document["columns"])
+        for statistic in STATISTICS:
+            stated[statistic] = [math.nan if value is None else value for value in stated[statistic]]
+        columns = pa.RecordBatch.from_pydict(stated, schema=SCHEMA)
         if info.name != name or columns.num_rows != info.records:
             raise ValueError("it describes another shard")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, pa.ArrowException) as error:

@@ -70,7 +70,7 @@ def _check_ids(record: Record, contract: Contract) -> None:
     ids_NK, selection = record.ids_NK, contract.selection
     _require(ids_NK.dtype == np.int32 and ids_NK.ndim == 2, "ids_NK must be rows of int32 ids")
     width = ids_NK.shape[1]
-    least = {"topk": selection.k, "hybrid": selection.k}.get(selection.kind, 1)
+    least = selection.least_kept
     _require(least <= width <= selection.most_kept, f"{width} ids a position are not {least} to {selection.most_kept}")
     _require(ids_NK.size <= MAX_ENTRIES, f"{ids_NK.size} kept ids, at most {MAX_ENTRIES} fit a record")
     there_NK = ids_NK != -1

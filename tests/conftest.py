@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -74,7 +76,8 @@ def standing_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_model(run.final_model, student, weights, shards, {"identity": {}, "result": {**result, **report}})
     validation = dataclasses.asdict(evaluate_model(run.final_model, shards))
     totals = shards.manifest.totals()
-    run.report("teacher_cache", {**totals, "captured": totals["positions"], "seconds": 2.0})
+    cached = {**totals, "captured": totals["positions"], "seconds": 2.0, "where": str(run.shards)}
+    run.report("teacher_cache", cached)
     run.report("distill", {**result, "untrained": {**validation, "kl": 9.0}, "validation": validation})
     run.report("evaluate", {"validation": validation, "samples": [{"prompt": "1 + 1?", "answer": "3", "label": "2"}]})
     return run.path
@@ -101,6 +104,20 @@ def _serving(app: Any, send_buffer: int | None = None) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@pytest.fixture
+def nfs_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks as NFSv4 gives them: for oneself only of what is open for writing."""
+    flock = fcntl.flock
+
+    def lock(file: Any, operation: int) -> None:
+        descriptor = file if isinstance(file, int) else file.fileno()
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,11 @@ def estimate(
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option("--rate", min=1e-6, help="Response tokens a second and machine. [default: its run's]"),
+        typer.Option(
+            "--rate",
+            min=1e-6,
+            help="Response tokens a second and machine. [default: its run's, loading the teacher included]",
+        ),
     ] = None,
     machines: Annotated[int, typer.Option("--machines", min=1, help="Machines like that of the sample.")] = 1,
     price: Annotated[float | None, typer.Option("--price", min=0, help="Of one machine and hour.")] = None,

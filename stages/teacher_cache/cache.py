@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from shards.contract import Contract
+from shards.durable import open_to_lock
 from shards.manifest import (
     CONTRACT_NAME,
     Manifest,
@@ -58,7 +59,7 @@ def fill_cache(
     """
     storage = storage_at(target)
     facts = read_facts(teacher_folder)
-    require_fits(corpus, teacher, teacher_folder)
+    require_fits(corpus, teacher, cache, teacher_folder)
     spec = CaptureSpec(
         selection=cache.chosen(), curve=cache.curve, attention=cache.attention(facts.layers), seed=cache.draw_seed
     )
@@ -91,7 +92,7 @@ def _alone(storage: Storage) -> Iterator[None]:
     if not isinstance(storage, LocalStorage):
         yield
         return
-    with (storage.folder / CONTRACT_NAME).open("rb") as lock:
+    with open_to_lock(storage.folder / CONTRACT_NAME) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -39,7 +39,8 @@ def calibrated(
     Raises StageError where no replica survives the samples, StorageFailed.
     """
     chosen = samples[:: max(1, -(-len(samples) // min(EXAMPLES, -(-len(samples) // _SHARE))))]
-    positions = sum(len(sample.response_ids) for sample in chosen) / len(chosen) * records_per_shard
+    largest = min(records_per_shard, len(samples))
+    positions = sum(len(sample.response_ids) for sample in chosen) / len(chosen) * largest
     return with_tables(
         storage, contract, lambda: _captured(chosen, replica, emit), budget=tables_budget(int(positions))
     )

@@ -1,7 +1,7 @@
 """What others dumped of a teacher as shards: the k most probable ids, of a tail that nobody summed up.
 
 A folder with DistillKit's Parquet and compression_config.yaml (`distillkit`): its samples are split as a corpus is, one
-in about fifty for validation, by their tokens. Or a file of vLLM's `prompt_logprobs`, one JSON object a line:
+in about fifty for validation, by their prompts. Or a file of vLLM's `prompt_logprobs`, one JSON object a line:
 
     {"prompt_token_ids": [5, 17, …],                  prompt and response
      "prompt_logprobs": [null, {"17": {"logprob": -0.1, …}, …}, …],
@@ -39,7 +39,7 @@ from stages.corpus.fingerprint import sha256_of
 from stages.corpus.tokenizer import ChatTokenizer
 from stages.errors import StageError
 from stages.teacher_cache.distillkit import COLUMNS, CONFIG_FILE, Row, read_layout, read_row
-from stages.teacher_cache.teacher import read_facts, teacher_files, weights_fingerprint
+from stages.teacher_cache.teacher import head_tensor, read_facts, teacher_files, weights_fingerprint
 
 SPLITS = ("train", "dev")
 RECORDS_PER_SHARD = 512
@@ -47,6 +47,8 @@ ENGINE, DISTILLKIT_ENGINE = "vllm prompt_logprobs dump", "distillkit parquet"
 _ONE_IN = 50
 _ROWS = 64
 """Of Parquet, in memory at once."""
+_NO_SAMPLE = (ValueError, KeyError, TypeError, OverflowError, InvalidRecord)
+"""What reading something else as a sample raises."""
 
 
 def import_dump(
@@ -83,9 +85,10 @@ def import_dump(
     )
     storage = storage_at(target)
     read = read_parquet if dump.is_dir() else read_dump
-    examples = [record for _, record, _ in islice(read(dump, contract), EXAMPLES)]
-    budget = tables_budget(RECORDS_PER_SHARD * max(1, int(np.mean([record.positions for record in examples]))))
-    contract, tables = with_tables(storage, contract, lambda: examples, budget=budget)
+    head_tensor(teacher_folder)  # or a day's import would end for the lack of it
+    first = [record for _, record, _ in islice(read(dump, contract), RECORDS_PER_SHARD)]
+    budget = tables_budget(sum(record.positions for record in first))
+    contract, tables = with_tables(storage, contract, lambda: first[:EXAMPLES], budget=budget)
     begin(storage, contract)
     if is_sealed(storage):
         return read_manifest(storage)
@@ -104,10 +107,12 @@ def import_dump(
 
 def read_dump(dump: Path, contract: Contract) -> Iterator[tuple[str, Record, int]]:
     """Split, record, and how many bytes are read by then, of each line. Raises StageError naming the line."""
-    number, done, seen = 0, 0, dict[str, int]()
+    done, seen = 0, dict[str, int]()
     with dump.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             done += len(line)
+            if not line.strip():
+                continue
             try:
                 found: dict[str, Any] = json.loads(line)
                 split, record = found.get("split", "train"), _record(found, number, contract.selection.k)
@@ -116,13 +121,13 @@ def read_dump(dump: Path, contract: Contract) -> Iterator[tuple[str, Record, int
                 require_valid(record, contract)
                 if (first := seen.setdefault(record.sample_id, number)) != number:
                     raise ValueError(f"its sample {record.sample_id!r} is that of line {first} already")
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, InvalidRecord) as error:
+            except (*_NO_SAMPLE, AttributeError, RecursionError) as error:
                 raise StageError(
                     f"{dump}, line {number}: {error}",
                     hint="each line must be what vLLM says of one sample, with at least --k ids a position",
                 ) from error
             yield split, record, done
-    if not number:
+    if not seen:
         raise StageError(f"{dump} is empty", hint="dump prompt_logprobs first, one JSON object a line")
 
 
@@ -153,7 +158,7 @@ def read_parquet(folder: Path, contract: Contract) -> Iterator[tuple[str, Record
                     require_valid(record, contract)
                     number += 1
                     yield _split_of(record), record, done + size * number // file.metadata.num_rows
-        except (ValueError, KeyError, TypeError, OverflowError, OSError, pa.ArrowException, InvalidRecord) as error:
+        except (*_NO_SAMPLE, OSError, pa.ArrowException) as error:
             raise StageError(
                 f"{path}, row {number}: {error}",
                 hint=f"each row must be one sample, compressed as {CONFIG_FILE} says, with ids of this teacher",
@@ -178,8 +183,12 @@ def _compressed(row: Row, name: str, k: int) -> Record:
 
 
 def _split_of(record: Record) -> str:
-    """The same for the same tokens, whatever stands around them."""
-    digest = hashlib.sha256(record.prompt_ids_P.tobytes() + record.response_ids_R.tobytes()).digest()
+    """The same for the same prompt, whatever stands around it, so that no validation prompt is trained on.
+
+    One token is no prompt: it is where a text begins that has none.
+    """
+    prompt, response = record.prompt_ids_P.tobytes(), record.response_ids_R.tobytes()
+    digest = hashlib.sha256(prompt if len(record.prompt_ids_P) > 1 else prompt + response).digest()
     return "dev" if int.from_bytes(digest[:8], "big") % _ONE_IN == 0 else "train"
 
 
@@ -199,7 +208,7 @@ def _record(found: Mapping[str, Any], number: int, k: int) -> Record:
     rows = [_most_probable(dumped[position], position, k) for position in range(prompt, len(tokens))]
     unknown_N = np.full(len(rows), np.nan, np.float32)
     return Record(
-        sample_id=str(found.get("id", f"line-{number}")),
+        sample_id=f"line-{number}" if found.get("id") is None else str(found["id"]),
         prompt_ids_P=np.array(tokens[:prompt], np.int32),
         response_ids_R=np.array(tokens[prompt:], np.int32),
         first_position=0,

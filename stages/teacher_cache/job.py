@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from shards.contract import Contract
 from shards.record import Record
 from shards.storage import Storage
-from shards.units import ShardInfo, describe, published_units
+from shards.units import Published, ShardInfo, describe, published_units
 from shards.writer import write_shard
 from stages.corpus.sample import Sample
 from stages.corpus.store import Corpus
@@ -144,17 +144,23 @@ class Job:
             self._advance(self._tokens(unit, (reject.index for reject in complete.rejects)))
         if not complete.records:
             return None
-        return write_shard(self.storage, unit.name, unit.split, self.contract, complete.records, tables=self.tables)
+        info = write_shard(self.storage, unit.name, unit.split, self.contract, complete.records, tables=self.tables)
+        # Of several writers in one place another may have been first, perhaps with units of another size.
+        return self._holding(unit, describe(self.storage, info.name, self.contract, sha256=info.sha256))
 
     def _published(self, unit: Unit) -> ShardInfo:
-        """A shard that was there before, if it holds this unit, be it without rejected records."""
-        name, split = self._there[unit.name], self._split(unit)
-        shard = describe(self.storage, name, self.contract)
-        ids = set(shard.columns.column("sample_id").to_pylist())
+        """A shard that was there before."""
+        return self._holding(unit, describe(self.storage, self._there[unit.name], self.contract))
+
+    def _holding(self, unit: Unit, shard: Published) -> ShardInfo:
+        """The shard, if it holds this unit, be it without rejected records. Raises StageError for any other."""
+        ids, split = set(shard.columns.column("sample_id").to_pylist()), self._split(unit)
         planned = {split[index].sample_id for index in range(unit.start, unit.stop)}
-        if ids - planned or planned - ids - self._rejected.get(unit.name, frozenset()):
+        missing = planned - ids
+        if ids - planned or (missing and missing - read_rejects(self.storage).get(unit.name, frozenset())):
             raise StageError(
-                f"{self.storage.where(name)} holds {len(ids)} records, which are not the {len(planned)} of the plan",
+                f"{self.storage.where(shard.info.name)} holds {len(ids)} records, which are not the {len(planned)} of "
+                "the plan",
                 hint="cache.records_per_shard must stay what it was when this set was begun",
             )
         return shard.info

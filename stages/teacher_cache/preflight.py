@@ -15,6 +15,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from shards.contract import AttentionSpec, Selection
+from shards.schema import MAX_ENTRIES
 from shards.storage import LocalStorage, Location, Storage, storage_at
 from shards.units import published_units
 from stages.corpus.fingerprint import tokenizer_fingerprint
@@ -23,7 +25,7 @@ from stages.errors import StageError
 from stages.teacher_cache.engines.vllm.process import resolve_dtype
 from stages.teacher_cache.plan import plan_units
 from stages.teacher_cache.settings import CacheSettings, TeacherSettings
-from stages.teacher_cache.teacher import read_facts, weight_files
+from stages.teacher_cache.teacher import head_tensor, read_facts, weight_files
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 1 << 30
@@ -61,13 +63,14 @@ class _Extent:
     response_tokens: int = 0
     longest: int = 0
     """Tokens of a sample that the teacher reads: all but its last."""
+    longest_response: int = 0
     largest: int = 0
-    """Id."""
+    """Id, those that start and end a response included."""
 
 
-def require_fits(corpus: Corpus, teacher: TeacherSettings, teacher_folder: Path) -> None:
+def require_fits(corpus: Corpus, teacher: TeacherSettings, cache: CacheSettings, teacher_folder: Path) -> None:
     """Refuse at once what would stop a run of days at its last sample. Raises StageError."""
-    for check in _fits(corpus, _extent(corpus), teacher, teacher_folder):
+    for check in _fits(corpus, _extent(corpus), teacher, cache, teacher_folder):
         if not check.ok:
             raise StageError(check.fact, hint=_HINTS[check.name])
 
@@ -76,6 +79,9 @@ _HINTS = {
     "tokenizer": "prepare the corpus again with this teacher",
     "vocabulary": "the tokenizer belongs to another model: prepare the corpus with the teacher's own",
     "context": "raise teacher.max_model_len, or lower corpus.max_prompt_tokens or corpus.max_response_tokens",
+    "kept ids": "lower cache.k",
+    "record": "lower cache.k, cache.attention_top_m or corpus.max_response_tokens",
+    "head": "its principal components travel with the shards: take weights whose head or tied embedding is not packed",
 }
 
 
@@ -101,22 +107,32 @@ def preflight(
         f"{extent.prompt_tokens:,} prompt and {extent.response_tokens:,} response tokens",
     )
     yield _work(extent, teacher, teacher_folder, devices)
-    yield from _fits(corpus, extent, teacher, teacher_folder)
+    yield from _fits(corpus, extent, teacher, cache, teacher_folder)
     yield _memory(teacher, teacher_folder, devices)
     yield _room(extent, cache, teacher_folder, storage, missing=1 - len(published) / max(len(units), 1))
 
 
 def _extent(corpus: Corpus) -> _Extent:
-    prompts = responses = longest = largest = 0
+    prompts = responses = longest = longest_response = 0
+    largest = max(corpus.start_token_id, corpus.end_token_id)
     for samples in (corpus.train, corpus.dev):
         for sample in samples:
             prompt, response = len(sample.prompt_ids), len(sample.response_ids)
             prompts, responses, longest = prompts + prompt, responses + response, max(longest, prompt + response - 1)
+            longest_response = max(longest_response, response)
             largest = max(largest, int(sample.prompt_ids.max()), int(sample.response_ids.max()))
-    return _Extent(prompt_tokens=prompts, response_tokens=responses, longest=longest, largest=largest)
+    return _Extent(
+        prompt_tokens=prompts,
+        response_tokens=responses,
+        longest=longest,
+        longest_response=longest_response,
+        largest=largest,
+    )
 
 
-def _fits(corpus: Corpus, extent: _Extent, teacher: TeacherSettings, teacher_folder: Path) -> Iterator[Check]:
+def _fits(
+    corpus: Corpus, extent: _Extent, teacher: TeacherSettings, cache: CacheSettings, teacher_folder: Path
+) -> Iterator[Check]:
     same = tokenizer_fingerprint(teacher_folder) == corpus.tokenizer_fingerprint
     whose = "the teacher's" if same else "another tokenizer than the teacher's"
     yield Check(name="tokenizer", ok=same, fact=f"the corpus was tokenised with {whose}")
@@ -131,6 +147,35 @@ def _fits(corpus: Corpus, extent: _Extent, teacher: TeacherSettings, teacher_fol
         ok=extent.longest <= teacher.max_model_len,
         fact=f"the longest sample has {extent.longest} tokens, teacher.max_model_len is {teacher.max_model_len}",
     )
+    selection = cache.chosen()
+    yield Check(
+        name="kept ids",
+        ok=selection.k <= width,
+        fact=f"cache.k keeps {selection.k} ids of a position, the teacher's logits are {width} wide",
+    )
+    yield _record(extent, selection, cache.attention(read_facts(teacher_folder).layers))
+    yield _head(teacher_folder)
+
+
+def _record(extent: _Extent, selection: Selection, attention: AttentionSpec | None) -> Check:
+    """What the longest response keeps at least, as its record must hold it."""
+    ids, keys = extent.longest_response * selection.least_kept, 0
+    if attention is not None:
+        rows = extent.longest if attention.rows == "all" else extent.longest_response
+        keys = rows * len(attention.layers) * attention.top_m
+    return Check(
+        name="record",
+        ok=max(ids, keys) <= MAX_ENTRIES,
+        fact=f"the largest record has {ids:,} ids and {keys:,} attention keys, each at most {MAX_ENTRIES:,}",
+    )
+
+
+def _head(teacher_folder: Path) -> Check:
+    try:
+        name, _ = head_tensor(teacher_folder)
+    except StageError as error:
+        return Check(name="head", ok=False, fact=str(error))
+    return Check(name="head", ok=True, fact=f"the teacher's output head is {name}")
 
 
 def _work(extent: _Extent, teacher: TeacherSettings, teacher_folder: Path, devices: Devices) -> Check:

@@ -3,8 +3,8 @@
 - The teacher's replace the corpus's own, in both splits: sequence-level distillation (Kim and Rush, 1606.07947).
 - A student's join the corpus's own in the train split, so that the teacher also scores what the student would write
   (on-policy distillation, 2306.13649, here in offline rounds); the validation split stays what it is.
-- Written part by part; stopped and started again, it goes on with the parts that are not there. What is drawn depends
-  on the seed and the part alone.
+- Written part by part; stopped and started again, it goes on with the parts that are not there, or not whole. What is
+  drawn depends on the seed and the part alone.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class _Job:
         prompts = {"train": self.corpus.train} if self.settings.student else dict(self._own())
         units = plan_units({name: len(samples) for name, samples in prompts.items()}, _PROMPTS_PER_PART)
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [unit for unit in units if not self._path(unit).exists()]
+        missing = [unit for unit in units if not self._is_whole(unit)]
         if missing:
             self.emit(Note(stage=STAGE, text=f"{len(missing)} of {len(units)} parts of responses to write"))
             author = self.author()
@@ -154,8 +154,11 @@ class _Job:
         ]
         temporary = self.folder / f".{unit.name}"
         write_samples(temporary, written)
-        publish(self.folder, self._path(unit).name, temporary.read_bytes())
+        data = temporary.read_bytes()
         temporary.unlink()
+        for path, content in ((self._sum(unit), hashlib.sha256(data).hexdigest().encode()), (self._path(unit), data)):
+            path.unlink(missing_ok=True)  # of a part that is not whole
+            publish(self.folder, path.name, content)
 
     def _collected(self, split: str, units: Sequence[Unit]) -> Iterator[Sample]:
         """Each sample once, though an author may write the same twice."""
@@ -170,8 +173,16 @@ class _Job:
                     seen.add(sample.sample_id)
                     yield sample
 
+    def _is_whole(self, unit: Unit) -> bool:
+        path, stated = self._path(unit), self._sum(unit)
+        return path.exists() and stated.exists() and stated.read_bytes() == sha256_of(path).encode()
+
     def _path(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name}.arrow"
+
+    def _sum(self, unit: Unit) -> Path:
+        """Where the sha256 of a part stands; published before it."""
+        return self.folder / f"{unit.name}.sha256"
 
 
 def _sample_id(prompt: Sequence[int], response: Sequence[int]) -> str:

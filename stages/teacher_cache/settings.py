@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shards.contract import DRAWN, AttentionSpec, Selection
+from shards.contract import DRAWN, AttentionSpec, Selection, require_curve
 
 ENGINES = ("capture", "prompt_logprobs")
 FREE_TEACHER_SETTINGS = ("tensor_parallel", "max_batched_tokens", "gpu_memory_utilization")
@@ -75,6 +75,7 @@ class CacheSettings:
             raise ValueError("cache.attention_depths must lie in [0, 1)")
         self.chosen()
         self.attention(1)
+        require_curve(self.curve)
 
     def chosen(self) -> Selection:
         """As a Contract says it: what is without meaning for this kind is left out."""

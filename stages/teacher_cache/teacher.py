@@ -26,8 +26,9 @@ from stages.corpus.fingerprint import sha256_of, tokenizer_files
 from stages.errors import StageError
 
 FACTS_FILE = "teacher.json"
-_HEAD_TENSORS = ("lm_head.weight", "model.embed_tokens.weight")
-"""Where the head may lie, best first: a tied head is saved as the embedding."""
+_HEADS = ("lm_head", "embed_out")
+_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings")
+"""What architectures call the modules; a head that is tied is saved as the embedding alone."""
 _PCA_ROWS = 8_192
 _MOST_HEAD_BYTES = 1 << 34
 
@@ -138,14 +139,33 @@ def head_components(head_VD: Tensor, width: int) -> Tensor:
     return torch.cat([((rows.double() - mean_D) @ directions_DW).float() for rows in head_VD.split(_PCA_ROWS)])
 
 
-def _head(folder: Path) -> Tensor:
+def head_tensor(folder: Path) -> tuple[str, Path]:
+    """Name and file of the output head's weights. Raises StageError where there are none that can be read."""
     tensors = dict(_where(folder))
-    for name in _HEAD_TENSORS:
-        if name in tensors:
-            with safe_open(tensors[name], framework="pt") as file:
-                head: Tensor = file.get_tensor(name)
-                return head
-    raise StageError(f"{folder} has no output head", hint=f"its weights must hold one of {', '.join(_HEAD_TENSORS)}")
+    parts = [name for name in tensors if _module(name) in _HEADS]
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not parts and config.get("tie_word_embeddings", True):
+        parts = [name for name in tensors if _module(name) in _EMBEDDINGS]
+    for name in parts:
+        if name.endswith(".weight"):
+            return name, tensors[name]
+    packed = f" but {parts[0]}, which is packed" if parts else ""
+    raise StageError(
+        f"{folder} has no output head{packed}",
+        hint=f"its weights must hold {' or '.join(f'{name}.weight' for name in _HEADS)}, or a tied embedding",
+    )
+
+
+def _module(name: str) -> str:
+    """Which module a tensor belongs to: the last word but one."""
+    return name.rsplit(".", 2)[-2] if "." in name else ""
+
+
+def _head(folder: Path) -> Tensor:
+    name, path = head_tensor(folder)
+    with safe_open(path, framework="pt") as file:
+        head: Tensor = file.get_tensor(name)
+        return head
 
 
 def _where(folder: Path) -> Iterator[tuple[str, Path]]:

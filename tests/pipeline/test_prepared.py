@@ -19,6 +19,7 @@ from shards.manifest import begin, read_contract
 from shards.storage import LocalStorage
 from stages.corpus.prepare import prepare
 from stages.corpus.settings import CorpusSettings
+from stages.corpus.store import write_commit
 from stages.events import Event, silent
 
 SETTINGS = CorpusSettings(source="rows.jsonl", train_size=4, val_size=2)
@@ -43,7 +44,8 @@ def write(name: str, word: str) -> None:
 
 def taken(emit: Any = silent, **changes: Any) -> int:
     """How many samples stage one would be given."""
-    corpus = prepared_corpus(dataclasses.replace(SETTINGS, **changes), LocalStorage(Path("shards")), emit)
+    storage = LocalStorage(Path("shards"))
+    corpus = prepared_corpus(dataclasses.replace(SETTINGS, **changes), storage, Path("responses"), emit)
     return len(corpus.train) + len(corpus.dev)
 
 
@@ -67,11 +69,18 @@ def test_what_another_recipe_prepared_is_refused_by_what_differs() -> None:
     assert caught.value.hint.endswith("--recipe, --name, --data and --set"), "what prepare takes, and no more"
 
 
-def test_a_set_that_was_begun_with_this_corpus_goes_on_though_its_rows_have_changed(finished_run: Path) -> None:
+@pytest.mark.parametrize("respond", [False, True], ids=["its own responses", "others"])
+def test_a_set_that_was_begun_with_this_corpus_goes_on_though_its_rows_have_changed(
+    finished_run: Path, respond: bool
+) -> None:
     write("rows.jsonl", "three")
     with pytest.raises(PipelineError, match="was not made from"):
         taken()
     fingerprint = json.loads((PROCESSED / "corpus.json").read_text())["fingerprint"]
+    if respond:
+        Path("responses").mkdir()
+        write_commit(Path("responses"), {"fingerprint": "f" * 64, "inputs": {"corpus": fingerprint}})
+        fingerprint = "f" * 64
     contract = read_contract(finished_run / "shards")
     begin(Path("shards"), dataclasses.replace(contract, corpus_fingerprint=fingerprint))
     assert taken() == 6

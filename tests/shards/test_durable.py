@@ -221,6 +221,12 @@ def test_temporary_files_of_the_living_stay_and_those_of_the_dead_go(tmp_path: P
     LOCAL_DISK.close(descriptor)
 
 
+def test_on_nfs_what_the_dead_left_goes_too(tmp_path: Path, nfs_locks: None) -> None:
+    (tmp_path / ".x.9.tmp").write_bytes(b"")
+    assert publish(tmp_path, "x", b"content")
+    assert remove_abandoned(tmp_path) == [".x.9.tmp"]
+
+
 def test_a_file_taken_for_abandoned_before_its_lock_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from shards import durable, object_cache
+from shards.durable import remove_abandoned
 from shards.errors import Corrupt, StorageFailed
 from shards.object_cache import ObjectCache, default_folder
 
@@ -106,6 +111,68 @@ def test_what_arrives_damaged_is_refused_and_not_kept(tmp_path: Path, remote: Re
     assert remote.path(cache, 1).read_bytes() == remote.content(1)
 
 
+def test_a_copy_that_another_process_removes_while_it_is_checked_is_fetched_anew(
+    tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sha256 = remote.path(ObjectCache(tmp_path, limit=10 * KIB), 1), object_cache._sha256
+
+    def slow(path: Path) -> str:
+        found = sha256(path)
+        if remote.fetched == [1]:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(object_cache, "_sha256", slow)
+    assert remote.path(ObjectCache(tmp_path, limit=10 * KIB), 1).read_bytes() == remote.content(1)
+    assert remote.fetched == [1, 1]
+    assert path.exists()
+
+
+def test_a_copy_counts_as_used_from_before_it_is_checked(
+    tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another process would take it for the least recently used."""
+    os.utime(remote.path(ObjectCache(tmp_path, limit=10 * KIB), 1), ns=(1, 1))
+    used: list[int] = []
+    sha256 = object_cache._sha256
+    monkeypatch.setattr(object_cache, "_sha256", lambda path: used.append(path.stat().st_mtime_ns) or sha256(path))
+    remote.path(ObjectCache(tmp_path, limit=10 * KIB), 1)
+    assert used > [1]
+
+
+def test_what_arrives_is_never_taken_for_abandoned(
+    tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where another process looked between the creation of its file and the lock."""
+    flock, removed = durable.fcntl.flock, list[list[str]]()
+
+    def slow(file: Any, operation: int) -> None:
+        if operation & durable.fcntl.LOCK_NB and not removed:
+            removed.append([])
+            removed[0] = remove_abandoned(tmp_path)
+        flock(file, operation)
+
+    def fetch(target: Path) -> None:
+        target.write_bytes(remote.content(1))
+        removed.append(remove_abandoned(tmp_path))
+
+    monkeypatch.setattr(durable.fcntl, "flock", slow)
+    ObjectCache(tmp_path, limit=10 * KIB).path(remote.sha256(1), KIB, fetch, called="remote/1")
+    assert [len(names) for names in removed] == [1, 0]
+
+
+def test_a_full_disk_is_made_room_on_below_the_limit(
+    tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk of three files."""
+    cache = ObjectCache(tmp_path, limit=1 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(3 - len(held(cache))) * KIB))
+    for number in (1, 2, 3):
+        os.utime(remote.path(cache, number), ns=(number, number))
+    remote.path(cache, 4)
+    assert held(cache) == {remote.sha256(number) for number in (2, 3, 4)}
+
+
 def test_threads_fetch_one_file_once_and_two_files_at_once(tmp_path: Path, remote: Remote) -> None:
     cache, meeting = ObjectCache(tmp_path, limit=10 * KIB), threading.Barrier(2, timeout=20)
     assert remote.sha256(1)[:2] != remote.sha256(2)[:2]
@@ -152,6 +219,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, remote: Remote)
     with pytest.raises(StorageFailed, match="the shard cache") as caught:
         remote.path(ObjectCache(tmp_path / "file" / "cache", limit=KIB), 1)
     assert "MINICODFORMER_CACHE" in caught.value.hint
+    assert "MINICODFORMER_SHARD_CACHE_GB" in caught.value.hint
 
 
 def test_folder_and_limit_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from pyarrow import fs
 
-from shards.contract import Contract
+from shards.contract import Contract, Selection
 from shards.errors import ContractMismatch, Corrupt, Incomplete, StorageFailed
 from shards.inspect import inspect
 from shards.manifest import begin, is_sealed, publish_teacher_files, read_manifest, seal
@@ -19,11 +23,13 @@ from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
 from shards.record import Record
 from shards.remote import RemoteStorage
+from shards.schema import STATISTICS
 from shards.storage import storage_at
 from shards.units import published_units
 from shards.verify import quarantine, verify_shards
 from shards.writer import build_shard, write_shard
 from tests.shards.object_store import CREDENTIALS, TEACHER, UNITS, ObjectStore, fill, serving
+from tests.shards.whole import SELECTIONS, contract_of, learnt, record_of
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +44,16 @@ def store() -> Iterator[ObjectStore]:
 def url(store: ObjectStore) -> str:
     store.refuse()
     return store.new_url()
+
+
+class Patched:
+    """A file system of which one operation is another."""
+
+    def __init__(self, files: fs.FileSystem, open_output_stream: Callable[[str], Any]) -> None:
+        self._files, self.open_output_stream = files, open_output_stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
 
 
 def open_at(url: str, cache: ObjectCache) -> RemoteStorage:
@@ -68,6 +84,23 @@ def test_a_set_in_a_store_reads_as_the_same_set_in_a_folder(
             same(left, right)
     assert {path.name: path.read_bytes() for path in there.teacher_folder.iterdir()} == TEACHER
     assert verify_shards(there.storage).intact
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=lambda selection: f"{selection.kind}, {selection.tail_known}")
+def test_a_set_of_any_selection_goes_into_a_store_whatever_it_does_not_know(
+    tmp_path: Path, url: str, cache: ObjectCache, selection: Selection
+) -> None:
+    rng, contract = np.random.default_rng(0), contract_of(selection)
+    records = [record_of(contract, rng, name=name) for name in "abc"]
+    contract, tables = learnt(contract, records)
+    for place in (tmp_path, url):
+        begin(place, contract)
+        written = write_shard(place, "train-00000", "train", contract, records, tables=tables)
+        assert write_shard(place, "train-00000", "train", contract, records, tables=tables) == written
+        seal(place, contract, [written])
+    here, there = ShardSet(tmp_path).split("train"), ShardSet(url, cache=cache).split("train")
+    for name in STATISTICS:
+        np.testing.assert_array_equal(there.column(name), here.column(name), strict=True)
 
 
 def test_objects_are_named_by_their_content_and_the_manifest_is_the_commit(
@@ -206,6 +239,45 @@ def test_W5_a_refusal_of_any_request_is_explained_and_resumable(
         fill(place, contract, records)
         assert store.files(place) == expected
     assert silent == []
+
+
+def test_what_another_writer_puts_under_the_same_name_stays(
+    store: ObjectStore, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store refuses no second writer. The first's upload succeeded all the same: nothing of it is to be removed."""
+    storage = storage_at(url)
+    assert isinstance(storage, RemoteStorage)
+    put = storage._files.open_output_stream
+
+    @contextlib.contextmanager
+    def overtaken(path: str) -> Iterator[Any]:
+        with put(path) as stream:
+            yield stream
+        store.overwrite(url, "manifest.json", b"another's, and longer")
+
+    monkeypatch.setattr(storage, "_files", Patched(storage._files, open_output_stream=overtaken))
+    assert storage.publish("manifest.json", b"ours")
+    assert store.files(url) == {"manifest.json": b"another's, and longer"}
+
+
+def test_an_upload_that_is_interrupted_leaves_nothing_and_says_so(
+    store: ObjectStore, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = storage_at(url)
+    assert isinstance(storage, RemoteStorage)
+    put = storage._files.open_output_stream
+
+    @contextlib.contextmanager
+    def interrupted(path: str) -> Iterator[Any]:
+        with put(path) as stream:
+            stream.write(b"half")
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(storage, "_files", Patched(storage._files, open_output_stream=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        storage.publish("manifest.json", b"the whole of it")
+    assert store.files(url) == {}
 
 
 def test_W6_resuming_under_another_contract_is_refused_in_a_store_too(

@@ -108,14 +108,18 @@ def test_estimate_tells_bytes_hours_and_cost(
     totals = read_manifest(shards).totals()
     words = ("estimate", shards, "--positions", 100 * totals["positions"])
     assert "hours      not known: give --rate" in run(*words).output
-    (tmp_path / "summary.json").write_text(json.dumps({"teacher_cache": {"captured": 500, "seconds": 10.0}}))
+    summary = {"captured": 500, "seconds": 10.0, "where": str(tmp_path / "elsewhere")}
+    (tmp_path / "summary.json").write_text(json.dumps({"teacher_cache": summary}))
+    assert "hours      not known" in run(*words).output, "that was the making of another set"
+    (tmp_path / "summary.json").write_text(json.dumps({"teacher_cache": summary | {"where": str(shards)}}))
+    assert "at 50 tokens/s each, loading the teacher included" in run(*words).output
     facts = json.loads(run(*words, "--machines", 4, "--price", 3, "--json").output)
     assert facts["bytes"] == pytest.approx(100 * totals["bytes"])
     assert facts["positions_per_second"] == 50
     assert facts["hours"] == pytest.approx(100 * totals["positions"] / 200 / 3600)
     assert facts["cost"] == pytest.approx(facts["hours"] * 4 * 3)
     told = run(*words, "--rate", 100).output
-    assert "at 100 tokens/s each" in told
+    assert "at 100 tokens/s each\n" in told
     assert f"{100 * totals['positions']:,} response tokens" in told
 
 

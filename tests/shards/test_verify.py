@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from shards.contract import Contract
-from shards.errors import Corrupt, Incomplete, StorageFailed, UnknownVersion
+from shards.errors import Corrupt, Incomplete, StorageFailed, Truncated, UnknownVersion
 from shards.manifest import begin, read_manifest, seal
 from shards.record import Record
 from shards.sealed_json import sealed
 from shards.storage import LocalStorage
-from shards.units import describe, published_units
+from shards.units import describe, published_positions, published_units
 from shards.verify import quarantine, verify_shards
 from shards.writer import build_shard, write_shard
 
@@ -34,6 +34,14 @@ def flip_cell(folder: Path, contract: Contract, written: list[Record]) -> None:
     path = folder / "train-1.arrow"
     data = bytearray(path.read_bytes())
     data[data.index(written[4].prompt_ids_P.tobytes())] ^= 1
+    path.write_bytes(data)
+
+
+def flip_version(folder: Path, contract: Contract, written: list[Record]) -> None:
+    """Where it is read: in the footer. The bit makes it a version that no reader knows yet."""
+    path = folder / "train-1.arrow"
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b'"format_version":') + len(b'"format_version":')] ^= 1
     path.write_bytes(data)
 
 
@@ -65,6 +73,7 @@ def cut_manifest(folder: Path, contract: Contract, written: list[Record]) -> Non
     [
         (swap_shard, "train-0.arrow", "not the one of manifest.json"),
         (flip_cell, "train-1.arrow", "record 1: prompt_ids differs"),
+        (flip_version, "train-1.arrow", "differ from its seal"),
         (remove_shard, "dev-0.arrow", "cannot be opened"),
         (edit_teacher_file, "teacher/tokenizer.json", "differs from manifest.json"),
         (edit_columns, "columns/", "differs from manifest.json"),
@@ -178,4 +187,13 @@ def test_a_shard_damaged_before_the_seal_is_not_adopted(
     flip_cell(folder, contract, written)
     with pytest.raises(Corrupt, match="record 1: prompt_ids differs") as caught:
         describe(LocalStorage(folder), "train-1.arrow", contract)
+    assert "delete it and run the same command again" in caught.value.hint
+
+
+def test_counting_what_is_there_before_the_seal_names_a_shard_that_is_cut_and_how_to_remake_it(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    path = folder / "train-1.arrow"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(Truncated, match=r"train-1\.arrow") as caught:
+        published_positions(LocalStorage(folder))
     assert "delete it and run the same command again" in caught.value.hint

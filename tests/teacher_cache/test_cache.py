@@ -6,9 +6,10 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Event, Note, Progress
 from stages.teacher_cache import cache as cache_module
+from stages.teacher_cache import calibration
 from stages.teacher_cache import job as job_module
 from stages.teacher_cache.measure import read_fidelity
 from tests.teacher_cache.folders import contents
@@ -187,6 +189,23 @@ def test_a_slow_writer_holds_the_engine_back_to_two_units(
     assert is_sealed(tmp_path)
 
 
+@pytest.mark.parametrize(("records_per_shard", "largest"), [(4, 4), (256, 7)])
+def test_the_codecs_tables_suit_the_largest_shard_there_will_be(
+    tmp_path: Path,
+    recorded: ModuleType,
+    teacher: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    records_per_shard: int,
+    largest: int,
+) -> None:
+    told: list[int] = []
+    budget = calibration.tables_budget
+    monkeypatch.setattr(calibration, "tables_budget", lambda positions: told.append(positions) or budget(positions))
+    recorded.fill(tmp_path, teacher, cache=dataclasses.replace(recorded.CACHE, records_per_shard=records_per_shard))
+    (example, *_) = recorded.make_corpus(teacher).train
+    assert told == [largest * len(example.response_ids)]
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [({"k": 6}, "selection"), ({"attention_top_m": 2}, "attention"), ({"attention_depths": (0.25,)}, "attention")],
@@ -280,6 +299,44 @@ def test_units_of_another_size_are_refused(tmp_path: Path, recorded: ModuleType,
     with pytest.raises(StageError, match="holds 4 records") as refused:
         recorded.fill(tmp_path, teacher, cache=dataclasses.replace(recorded.CACHE, records_per_shard=5))
     assert "records_per_shard" in refused.value.hint
+
+
+def test_units_of_another_size_that_arrive_meanwhile_are_refused_too(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer in the same place with six records a shard: its second unit holds the last sample alone."""
+    write = job_module.write_shard
+
+    def second(
+        folder: Path, name: str, split: str, contract: object, records: Sequence[object], **named: object
+    ) -> object:
+        if name == "train-00001":
+            write(folder, name, split, contract, records[-1:], **named)  # type: ignore[arg-type]
+        return write(folder, name, split, contract, records, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(job_module, "write_shard", second)
+    with pytest.raises(StageError, match="holds 1 records, which are not the 3 of the plan"):
+        recorded.fill(tmp_path, teacher)
+    assert not is_sealed(tmp_path)
+
+
+def test_what_another_writer_rejected_meanwhile_is_no_lack(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = job_module.write_shard
+
+    def second(folder: Path, name: str, *rest: Any, **named: object) -> object:
+        if name == "train-00001":
+            (tmp_path / f"{name}.rejects-1.jsonl").write_text(json.dumps({"sample_id": f"{4:016x}"}) + "\n")
+            write(folder, name, *rest[:-1], rest[-1][1:], **named)  # type: ignore[arg-type]
+        return write(folder, name, *rest, **named)
+
+    monkeypatch.setattr(job_module, "write_shard", second)
+    assert [shard.records for shard in recorded.fill(tmp_path, teacher).shards] == [2, 4, 2]
+
+
+def test_on_nfs_a_set_is_sealed(tmp_path: Path, recorded: ModuleType, teacher: Path, nfs_locks: None) -> None:
+    assert recorded.fill(tmp_path, teacher) == read_manifest(tmp_path)
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path, recorded: ModuleType, teacher: Path) -> None:

@@ -15,12 +15,15 @@ import yaml
 from typer.testing import CliRunner
 
 import cli
+from shards.contract import Selection
 from shards.manifest import Manifest
 from shards.reader import ShardSet
 from shards.verify import verify_shards
 from stages.errors import StageError
+from stages.teacher_cache import dumps
 from stages.teacher_cache.distillkit import COLUMNS, CONFIG_FILE, read_layout, read_row
 from stages.teacher_cache.dumps import import_dump
+from tests.shards.whole import contract_of
 
 GOLDEN = Path(__file__).parent / "golden" / "distillkit"
 LAYOUTS = sorted(path.name for path in GOLDEN.iterdir())
@@ -95,6 +98,25 @@ def test_labels_say_what_the_prompt_is_and_padding_is_left_out() -> None:
     assert row.prompt_ids_P.tolist() == found["input_ids"][:4]
     assert row.response_ids_R.tolist() == found["input_ids"][4:-1]
     assert row.ids_NK.tolist() == whole.ids_NK[3:-1].tolist()
+
+
+def test_responses_to_one_prompt_are_in_one_split(dump: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a prompt at all."""
+    rows = rows_of(dump)
+    monkeypatch.setattr(dumps, "_ONE_IN", 2)
+
+    def splits(prompt: int) -> set[str]:
+        def labelled(found: dict[str, Any], last: int) -> dict[str, Any]:
+            tokens = [*rows[0]["input_ids"][:prompt], *found["input_ids"][prompt:-1], last]
+            return found | {"input_ids": tokens, "labels": [-100] * prompt + tokens[prompt:]}
+
+        answers = [labelled(found, last) for found in rows for last in range(20)]
+        pq.write_table(pa.Table.from_pylist(answers), dump / "data_0.parquet")
+        contract = contract_of(Selection(kind="topk", k=8, tail_known=False), start_token_id=299)
+        return {split for split, _, _ in dumps.read_parquet(dump, contract)}
+
+    assert len(splits(4)) == 1
+    assert splits(1) == {"train", "dev"}
 
 
 @pytest.mark.parametrize(

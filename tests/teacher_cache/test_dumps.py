@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import cli
 from pipeline.errors import UsageError
+from shards import learnt
 from shards.errors import ContractMismatch
 from shards.manifest import Manifest
 from shards.reader import ShardSet
@@ -128,6 +132,40 @@ def test_a_line_that_is_none_is_named(
     with pytest.raises(StageError, match=f"line 2: .*({said})"):
         bring(write(tmp_path / "dump.jsonl", dumped), tmp_path / "set", teacher)
     assert not list(tmp_path.glob("set/*.arrow"))
+
+
+def test_blank_lines_are_none_and_a_sample_without_a_name_is_called_by_its_line(tmp_path: Path, teacher: Path) -> None:
+    dumped = lines()
+    dumped[0]["id"] = None
+    dump = write(tmp_path / "dump.jsonl", dumped)
+    dump.write_text("\n" + dump.read_text() + "\n \n")
+    bring(dump, tmp_path / "set", teacher)
+    names = [*ShardSet(tmp_path / "set").split("train").sample_ids.tolist()]
+    assert names == ["line-2", "sample 1", "sample 2", "sample 3"]
+
+
+def test_a_line_that_is_nested_too_deep_is_named(tmp_path: Path, teacher: Path) -> None:
+    (tmp_path / "dump.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(StageError, match="line 1: "):
+        bring(tmp_path / "dump.jsonl", tmp_path / "set", teacher)
+
+
+def test_tables_take_no_more_than_what_a_small_dump_holds_can_bear(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets: list[int] = []
+    learn = learnt.learn_tables
+    monkeypatch.setattr(learnt, "learn_tables", lambda *a, budget: budgets.append(budget) or learn(*a, budget=budget))
+    manifest = bring(write(tmp_path / "dump.jsonl", lines()), tmp_path / "set", teacher)
+    assert budgets == [learnt.tables_budget(manifest.totals()["positions"])]
+
+
+def test_a_teacher_without_a_head_is_refused_before_anything_is_written(tmp_path: Path, teacher: Path) -> None:
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    save_file({"model.norm.weight": torch.ones(8)}, folder / "model.safetensors")
+    with pytest.raises(StageError, match="no output head"):
+        bring(write(tmp_path / "dump.jsonl", lines()), tmp_path / "set", folder)
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_sample_that_occurs_twice_is_named_before_anything_is_written(tmp_path: Path, teacher: Path) -> None:

@@ -107,6 +107,43 @@ def test_a_run_does_not_begin_with_what_it_could_not_end_with(
     assert not (tmp_path / "shards").exists()
 
 
+def test_what_no_record_or_contract_could_hold_is_seen(
+    recorded: ModuleType, recorded_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = recorded.make_corpus(recorded_teacher)
+    long = Sample(sample_id="f" * 16, prompt_ids=np.ones(2, np.int32), response_ids=np.ones(6_000, np.int32))
+    checks = {
+        "record": {"corpus": dataclasses.replace(corpus, dev=[long])},
+        "vocabulary": {"corpus": dataclasses.replace(corpus, start_token_id=300)},
+        "kept ids": {"cache": CacheSettings(k=301)},
+    }
+    for name, odd in checks.items():
+        asked = {"corpus": corpus, "cache": CacheSettings(k=300, attention_top_m=1_000)} | odd
+        found = {
+            check.name
+            for check in preflight(
+                teacher=TeacherSettings(max_model_len=10_000, dtype="float32"),
+                teacher_folder=recorded_teacher,
+                target=tmp_path / "shards",
+                devices=Devices(replicas=1, memory=None, gpus=False),
+                **asked,
+            )
+            if not check.ok
+        }
+        assert found == {name}
+
+
+def test_a_teacher_whose_head_cannot_be_read_is_refused_before_it_is_loaded(
+    recorded: ModuleType, recorded_teacher: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(recorded_teacher, tmp_path / "teacher"))
+    save_file({"lm_head.qweight": torch.ones(2, 2)}, folder / "model.safetensors")
+    engines: list = []
+    with pytest.raises(StageError, match=r"no output head but lm_head\.qweight, which is packed"):
+        recorded.fill(tmp_path / "shards", folder, engines=engines)
+    assert not engines
+
+
 def test_quantised_weights_take_what_their_files_take(
     recorded: ModuleType, recorded_teacher: Path, tmp_path: Path
 ) -> None:

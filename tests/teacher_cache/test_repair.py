@@ -122,13 +122,28 @@ def test_damaged_tables_are_named_and_come_back_from_the_shards(
     assert contents(tmp_path) == undisturbed
 
 
-def test_damaged_tables_stop_a_run_that_would_write_with_them(
-    tmp_path: Path, recorded: ModuleType, teacher: Path
+def test_a_run_that_would_write_with_damaged_tables_takes_them_from_a_shard(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, undisturbed: dict[str, bytes]
 ) -> None:
     recorded.fill(tmp_path, teacher)
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "train-00001.arrow").unlink()
     flip(tmp_path / "codec.tables")
-    with pytest.raises(Corrupt, match="differs from what contract"):
-        recorded.fill(tmp_path, teacher)
-    assert not (tmp_path / "train-00001.arrow").exists()
+    recorded.fill(tmp_path, teacher)
+    shutil.rmtree(tmp_path / "quarantine")
+    assert contents(tmp_path) == undisturbed
+
+
+def test_tables_that_no_shard_has_are_learnt_again_or_the_run_stops(
+    tmp_path: Path, recorded: ModuleType, teacher: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs of an engine need not say the same to the last bit; what others learnt is never published."""
+    (tmp_path / "contract.json").write_bytes(undisturbed["contract.json"])
+    with monkeypatch.context() as patch:
+        patch.setattr("shards.learnt.learn_tables", lambda *_, **__: b"other")
+        with pytest.raises(Corrupt, match=r"codec\.tables is lost") as caught:
+            recorded.fill(tmp_path, teacher)
+    assert f"delete {tmp_path / 'contract.json'}" in caught.value.hint
+    assert not (tmp_path / "codec.tables").exists()
+    recorded.fill(tmp_path, teacher)
+    assert contents(tmp_path) == undisturbed

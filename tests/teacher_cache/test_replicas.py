@@ -32,6 +32,7 @@ from stages.events import Event, Metric, Note, Progress
 from stages.teacher_cache.cache import fill_cache
 from stages.teacher_cache.calibration import _captured
 from stages.teacher_cache.engines.protocol import CaptureSpec
+from stages.teacher_cache.engines.vllm.prompt_logprobs import PromptLogprobsEngine
 from stages.teacher_cache.replica import InProcess, ReplicaDied, Spread
 from stages.teacher_cache.settings import CacheSettings, TeacherSettings
 from tests.teacher_cache.folders import contents
@@ -222,6 +223,24 @@ def test_W4_what_the_stage_refuses_in_a_replica_reaches_the_caller_and_seals_not
         recorded.fill(tmp_path, recorded_teacher, spread=two, before=refuse)
     assert refused.value.hint == "take another"
     assert not is_sealed(tmp_path)
+
+
+def test_what_an_engine_refuses_before_it_loads_reaches_the_caller(
+    tmp_path: Path, recorded: ModuleType, recorded_teacher: Path, two: Spread
+) -> None:
+    with pytest.raises(StageError, match="nothing else") as refused:
+        recorded.fill(tmp_path, recorded_teacher, spread=two, engine=PromptLogprobsEngine)
+    assert "cache.attention_depths = []" in refused.value.hint
+
+
+def test_a_replica_that_dies_before_it_says_what_it_runs_ends_the_run(
+    tmp_path: Path, recorded: ModuleType, recorded_teacher: Path, two: Spread
+) -> None:
+    def die(*_: object) -> object:
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(StageError, match="replica 0 died before it had said what it runs: its process was killed"):
+        recorded.fill(tmp_path, recorded_teacher, spread=two, engine=die)
 
 
 def test_a_teacher_that_never_comes_up_ends_the_run(

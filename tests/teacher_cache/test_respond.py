@@ -85,6 +85,18 @@ def test_stopped_at_any_part_it_goes_on_to_the_same_corpus(corpus: Corpus, tmp_p
     assert not list((tmp_path / "out").glob("parts-*")), "what was collected is not kept twice"
 
 
+def test_a_part_that_was_damaged_meanwhile_is_written_again(corpus: Corpus, tmp_path: Path) -> None:
+    whole, rest = written(corpus, tmp_path / "whole", MadeUp()), MadeUp()
+    with pytest.raises(KeyboardInterrupt):
+        written(corpus, tmp_path / "out", MadeUp(fail_at=3))
+    first, _ = sorted((tmp_path / "out").glob("parts-*/*.arrow"))
+    data = bytearray(first.read_bytes())
+    data[data.index(corpus.train[0].prompt_ids.tobytes())] ^= 1
+    first.write_bytes(data)
+    assert written(corpus, tmp_path / "out", rest).fingerprint == whole.fingerprint
+    assert rest.calls == 5 - 1
+
+
 def test_what_is_written_is_not_written_again_and_not_mixed_with_anothers(corpus: Corpus, tmp_path: Path) -> None:
     first, again = written(corpus, tmp_path, MadeUp()), MadeUp()
     assert written(corpus, tmp_path, again).fingerprint == first.fingerprint
@@ -114,7 +126,7 @@ def test_a_student_closes_its_answers_with_the_end_token(finished_run: Path) -> 
     end = student.model.config.eos_token_id
     settings = RespondSettings(by="student=x", max_new_tokens=6)
     prompts = [student.prompt_ids("1 + 1?"), student.prompt_ids("2?")]
-    author = StudentAuthor(student, settings, end)
+    author = StudentAuthor(student, settings, end, context=512)
     responses = author.write(prompts, 5)
     assert responses == author.write(prompts, 5)
     assert responses != author.write(prompts, 6)
@@ -122,6 +134,12 @@ def test_a_student_closes_its_answers_with_the_end_token(finished_run: Path) -> 
         assert 1 <= len(response) <= 7
         assert response[-1] == end or len(response) == 6
         assert end not in response[:-1]
+    longer, shorter = sorted(map(len, prompts), reverse=True)
+    assert shorter < longer, "one of them leaves the teacher no room"
+    tight = StudentAuthor(student, settings, end, context=longer)
+    assert [len(response) for response in tight.write(prompts, 5)] == [
+        min(len(response), longer - len(prompt)) for prompt, response in zip(prompts, responses, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ def test_attention_depths_name_the_layers_of_any_teacher() -> None:
         ({"selection": "hybrid", "draws": 0}, "draws"),
         ({"selection": "adaptive", "mass": 1.5}, "mass"),
         ({"attention_rows": "some"}, "rows"),
+        ({"curve": (0.25, 0.5)}, "curve"),
+        ({"curve": (1.5,)}, "curve"),
     ],
 )
 def test_a_selection_that_cannot_be_is_refused_by_name(asked: dict[str, object], named: str) -> None:

@@ -15,6 +15,7 @@ from shards.storage import LocalStorage
 from stages.errors import StageError
 from stages.teacher_cache.teacher import (
     head_components,
+    head_tensor,
     read_facts,
     teacher_files,
     tensor_parallel_sizes,
@@ -104,6 +105,32 @@ def test_a_teacher_without_a_head_is_refused(folder: Path, tmp_path: Path) -> No
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(StageError, match="no output head"):
         publish(folder, tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "tied", "found"),
+    [
+        (("lm_head.weight", "model.embed_tokens.weight"), False, "lm_head.weight"),
+        (("embed_out.weight", "gpt_neox.embed_in.weight"), False, "embed_out.weight"),
+        (("transformer.wte.weight",), True, "transformer.wte.weight"),
+        (("wte.weight",), True, "wte.weight"),
+        (("model.embed_tokens.weight",), False, None),
+        (("lm_head.qweight", "lm_head.scales", "model.embed_tokens.weight"), True, None),
+    ],
+)
+def test_the_head_is_found_under_its_names_and_an_embedding_is_no_head_unless_it_is_tied(
+    folder: Path, tensors: tuple[str, ...], tied: bool, found: str | None
+) -> None:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+    path = folder / "model-00001-of-00002.safetensors"
+    save_file({name: torch.ones(50, 8) for name in tensors}, path)
+    if found is None:
+        with pytest.raises(StageError, match="no output head"):
+            head_tensor(folder)
+    else:
+        assert head_tensor(folder) == (found, path)
 
 
 def test_components_of_another_width_are_refused(folder: Path, tmp_path: Path) -> None:
