@@ -13,6 +13,7 @@ function bubble(role, ...children) {
   byId("welcome").hidden = true;
   const made = element("article", { className: `turn ${role}`, "aria-label": role === "user" ? "You" : "Student" }, ...children);
   log.append(made);
+  log.scrollTop = log.scrollHeight; // where it begins; from there on it is followed while the reader stays at the end
   return made;
 }
 
@@ -140,7 +141,6 @@ function send() {
   bubble("user", element("p", { className: "text", textContent: content }));
   prompt.value = "";
   fit();
-  log.scrollTop = log.scrollHeight;
   answer(turns);
 }
 

@@ -66,10 +66,10 @@ function head({ facts, coverage }) {
 }
 
 function stage({ stage: name, done, total, unit, rate, left }) {
-  const told = unit === "bytes" ? bytes : (count) => `${count.toLocaleString("en")} ${unit}`;
+  const [told, of] = unit === "bytes" ? [bytes, ""] : [(count) => count.toLocaleString("en"), ` ${unit}`];
   const pace = !rate ? "" : unit === "bytes" ? ` · ${bytes(rate)}/s` : ` · ${number(rate)} ${unit}/s`;
   const rest = left === null ? "" : ` · ${duration(left)} left`;
-  return meter(name, done / total, `${done === total ? "" : `${told(done)} of `}${told(total)}${pace}${rest}`);
+  return meter(name, done / total, `${done === total ? "" : `${told(done)} of `}${told(total)}${of}${pace}${rest}`);
 }
 
 function load({ cpu, cores, memory_used, memory_total, disk_free, processes, run_cores, run_memory, gpus }) {

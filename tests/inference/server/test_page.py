@@ -135,6 +135,18 @@ def test_a_conversation_goes_on_and_begins_anew(page: Page, address: str) -> Non
     expect(page.locator("#welcome")).to_be_visible()
 
 
+def test_the_newest_answer_is_in_view_until_the_reader_looks_elsewhere(page: Page, address: str) -> None:
+    page.set_viewport_size({"width": 320, "height": 480})
+    page.goto(address)
+    for _ in range(3):
+        ask(page, "count")
+    left = "(log) => log.scrollHeight - log.scrollTop - log.clientHeight"
+    assert page.locator("#log").evaluate("(log) => log.scrollHeight > log.clientHeight")
+    assert page.locator("#log").evaluate(left) < 2
+    tops = "(all) => new Set(all.map((button) => Math.round(button.getBoundingClientRect().top))).size"
+    assert page.locator(".bar > button").evaluate_all(tops) == 1, "both stand in the first line of the bar"
+
+
 def test_what_is_written_is_text_and_never_markup(page: Page, address: str) -> None:
     page.goto(address)
     trap = "<img src=x onerror=document.title='sprung'><b>bold</b>"
@@ -200,6 +212,9 @@ def test_the_runs_are_those_of_the_monitor(page: Page, address: str, standing_ru
     expect(page.locator("h1")).to_have_text("tiny finished")
     expect(page.locator(".sample")).to_contain_text("1 + 1?")
     expect(page.locator(".view")).to_contain_text("This machine")
+    stage = {"stage": "distill", "done": 96, "total": 1500, "unit": "steps", "rate": None, "left": None, "bytes": 0}
+    tell_of_the_run(page, address, stages=[stage])
+    expect(page.locator(".meter").first).to_contain_text("96 of 1,500 steps")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     expect(page.locator("#view")).to_be_focused()
