@@ -1,8 +1,9 @@
 """Training over several machines: DeepSpeed's launcher over the hosts of a hostfile.
 
 A hostfile names a machine a line, with the ranks it takes: `worker-1 slots=4`. Every machine must be reachable by ssh
-without a password and see this project and the run at the same paths; pdsh must be installed here. All of that is
-checked before anything starts. DeepSpeed is asked by its command, so nothing of it is imported here.
+without a password and see this project, the run and the shards at the same paths; pdsh must be installed here. All of
+that is checked before anything starts. What the machines have may differ from what this one has: each rank looks for
+itself. DeepSpeed is asked by its command, so nothing of it is imported here.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UsageError
-from pipeline.launch import Machine, possible_ranks, rank_command, rank_environment
-from pipeline.rank import take_failure
+from pipeline.launch import possible_ranks, rank_command
+from pipeline.rank import failure_of, forget_failure
 from pipeline.run import RunFolder
 
 _LINE = re.compile(r"(?P<name>[\w.-]+)\s+slots=(?P<slots>[1-9]\d*)")
@@ -68,8 +69,8 @@ def read_hosts(file: Path, global_batch: int) -> list[Host]:
     return hosts
 
 
-def check_hosts(hosts: list[Host], run: RunFolder) -> None:
-    """Ask every machine whether it answers, and sees this interpreter and this run.
+def check_hosts(hosts: list[Host], run: RunFolder, shards: Path | str) -> None:
+    """Ask every machine whether it answers, and sees this interpreter, this run and its shards (those in a folder).
 
     Raises PipelineError naming every machine that does not, before anything is started.
     """
@@ -78,7 +79,8 @@ def check_hosts(hosts: list[Host], run: RunFolder) -> None:
             "pdsh, by which DeepSpeed starts ranks on other machines, is not installed here",
             hint="apt-get install pdsh, or train on this machine with GPUS=n",
         )
-    seen = f"test -x {shlex.quote(sys.executable)} -a -f {shlex.quote(str(run.recipe_file.resolve()))}"
+    needed = [sys.executable, str(run.recipe_file.resolve()), *([str(shards)] if isinstance(shards, Path) else [])]
+    seen = " && ".join(f"test -e {shlex.quote(path)}" for path in needed)
     with ThreadPoolExecutor(len(hosts)) as pool:
         answers = dict(
             zip([host.name for host in hosts], pool.map(lambda host: _ask(host.name, seen), hosts), strict=True)
@@ -90,8 +92,8 @@ def check_hosts(hosts: list[Host], run: RunFolder) -> None:
         )
     if blind := [name for name, (code, _) in answers.items() if code]:
         raise PipelineError(
-            f"{', '.join(blind)} does not see {run.path.resolve()} or {sys.executable}",
-            hint="keep the project and its runs on storage that all machines share, at the same path",
+            f"{', '.join(blind)} does not see all of {', '.join(needed)}",
+            hint="keep the project, its runs and their shards on storage that all machines share, at the same path",
         )
 
 
@@ -106,22 +108,21 @@ def _ask(host: str, command: str) -> tuple[int, str]:
     return done.returncode, (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
 
 
-def run_on_hosts(run: RunFolder, shards: Path | str, hosts: list[Host], here: Machine, *, tracker: str) -> None:
+def run_on_hosts(run: RunFolder, shards: Path | str, hosts: list[Host], *, tracker: str) -> None:
     """Train with one rank a slot. Signals are passed on as `run_ranks` does.
 
     Raises PipelineError with the message and hint of the rank that failed first.
     """
-    take_failure(run)
+    forget_failure(run)
     with tempfile.TemporaryDirectory() as folder:
         hostfile, variables = Path(folder) / "hosts", Path(folder) / "environment"
         hostfile.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts), encoding="utf-8")
-        carried = {**rank_environment(here, max(host.slots for host in hosts)), **_debug()}
-        variables.write_text("".join(f"{name}={value}\n" for name, value in carried.items()), encoding="utf-8")
+        variables.write_text("".join(f"{name}={value}\n" for name, value in _carried().items()), encoding="utf-8")
         flags = ["--hostfile", str(hostfile), "--force_multi", "--launcher_args=-N", "--master_port", str(_free_port())]
         words = [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--quiet", "--no_local_rank", "--module"]
         launcher = subprocess.Popen(
             [*words, *rank_command(run, shards, tracker)[1:]],
-            env={**os.environ, **carried, "DS_ENV_FILE": str(variables)},
+            env={**os.environ, "DS_ENV_FILE": str(variables)},
             start_new_session=True,
         )
         with _passing_signals_to(launcher) as asked:
@@ -129,16 +130,11 @@ def run_on_hosts(run: RunFolder, shards: Path | str, hosts: list[Host], here: Ma
     if asked:
         sys.exit(128 + asked[0])
     if code:
-        failure = take_failure(run)
-        if failure is not None:
-            raise PipelineError(failure.message, hint=failure.hint)
-        raise PipelineError(
-            f"DeepSpeed's launcher ended with exit code {code}",
-            hint=f"its last lines are above and in {run.events}; run the same command again to resume",
-        )
+        raise failure_of(run, f"DeepSpeed's launcher ended with exit code {code}")
 
 
-def _debug() -> dict[str, str]:
+def _carried() -> dict[str, str]:
+    """What the ranks are to find in their environment besides what DeepSpeed carries."""
     name = "MINICODFORMER_DEBUG"
     return {name: os.environ[name]} if name in os.environ else {}
 

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from pipeline.errors import PipelineError, UsageError
-from pipeline.rank import take_failure
+from pipeline.errors import UsageError
+from pipeline.rank import failure_of, forget_failure
 from pipeline.run import RunFolder
 
 STOP_WITHIN_S = 600
@@ -41,7 +40,6 @@ def machine() -> Machine:
 
 def device_memory(here: Machine, processes: int) -> int:
     """Bytes of the smallest GPU; without GPUs, of what is free here the share of one of so many processes."""
-    import psutil
     import torch
 
     if here.gpus:
@@ -99,7 +97,7 @@ def count_replicas(gpus: int | None, tensor_parallel: int, here: Machine, sizes:
     return gpus // tensor_parallel
 
 
-def run_ranks(run: RunFolder, shards: Path | str, count: int, here: Machine, *, tracker: str) -> None:
+def run_ranks(run: RunFolder, shards: Path | str, count: int, *, tracker: str) -> None:
     """Train with `count` processes on this machine, through torch's elastic launcher.
 
     SIGTERM and Ctrl-C ask the ranks to save after the step they are in; SystemExit of that signal follows. A second one
@@ -110,8 +108,7 @@ def run_ranks(run: RunFolder, shards: Path | str, count: int, here: Machine, *, 
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say what failed, once
-    take_failure(run)
-    os.environ.update(rank_environment(here, count))
+    forget_failure(run)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -126,7 +123,8 @@ def run_ranks(run: RunFolder, shards: Path | str, count: int, here: Machine, *, 
     try:
         elastic_launch(config, sys.executable)(*rank_command(run, shards, tracker))
     except ChildFailedError as error:
-        raise _failure_of(run, *error.get_first_failure()) from error
+        rank, first = error.get_first_failure()
+        raise failure_of(run, f"rank {rank} ended with exit code {first.exitcode}") from error
     except SignalException as asked:
         sys.exit(128 + asked.sigval)
     finally:
@@ -138,24 +136,3 @@ def run_ranks(run: RunFolder, shards: Path | str, count: int, here: Machine, *, 
 def rank_command(run: RunFolder, shards: Path | str, tracker: str) -> tuple[str, ...]:
     """What every rank runs, after the interpreter's name."""
     return "-m", "pipeline.rank", str(run.path.resolve()), str(shards), tracker
-
-
-_FEW_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""oneDNN and torch's binding of it each keep a thousand products in bfloat16 with their memory, and each length of a
-batch has its own: a rank of the demo grew from 1.1 to 3.6 GiB within 150 steps. Keeping few costs 5 % of the speed."""
-
-
-def rank_environment(here: Machine, ranks: int) -> dict[str, str]:
-    """What each of the `ranks` on this machine must find in its environment."""
-    threads = {"OMP_NUM_THREADS": str(max(1, here.cores // ranks))}
-    return threads if here.gpus else {**threads, "DS_ACCELERATOR": "cpu", **_FEW_PRODUCTS}
-
-
-def _failure_of(run: RunFolder, rank: int, first: Any) -> PipelineError:
-    failure = take_failure(run)
-    if failure is not None:
-        return PipelineError(failure.message, hint=failure.hint)
-    return PipelineError(
-        f"rank {rank} ended with exit code {first.exitcode}",
-        hint=f"its last lines are above and in {run.events}; run the same command again to resume",
-    )

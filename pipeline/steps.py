@@ -154,10 +154,10 @@ def distill(
     with run.lock("distill"):
         run.adopt(recipe)
         if machines:
-            check_hosts(machines, run)
-            run_on_hosts(run, place, machines, here, tracker=tracker)
+            check_hosts(machines, run, place)
+            run_on_hosts(run, place, machines, tracker=tracker)
         else:
-            launch.run_ranks(run, place, count, here, tracker=tracker)
+            launch.run_ranks(run, place, count, tracker=tracker)
         result: dict[str, Any] = run.summary()["distill"]
         if result["finished"]:  # a stop may reach a rank alone: what is saved then is no model yet
             write_card(run)

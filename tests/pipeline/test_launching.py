@@ -150,7 +150,8 @@ def test_the_failure_of_a_rank_is_there_whole_or_not_at_all(user: Path, monkeypa
     run, said = RunFolder(user / "runs" / "tiny"), iter(["the first", "another"])
     monkeypatch.setattr(sys, "argv", ["rank", str(run.path), "shards", "none"])
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(rank, "_stop_with_the_launcher", lambda: None)
+    for of_a_process_alone in ("settle_in", "_stop_with_the_launcher"):
+        monkeypatch.setattr(rank, of_a_process_alone, lambda: None)
 
     def fail(*_: object) -> None:
         raise StageError(next(said), hint="try again")
@@ -162,8 +163,10 @@ def test_the_failure_of_a_rank_is_there_whole_or_not_at_all(user: Path, monkeypa
     with written.open() as reader:
         with pytest.raises(SystemExit):
             rank.main()
-        assert json.load(reader)["message"] == "the first", "who reads meanwhile reads what was whole"
-    assert rank.take_failure(run) == rank.Failure("another", "try again")
+        assert json.load(reader)[0] == "the first", "who reads meanwhile reads what was whole"
+    failure = rank.failure_of(run, "exit code 1")
+    assert (str(failure), failure.hint) == ("another", "try again")
+    assert str(rank.failure_of(run, "exit code 1")) == "exit code 1", "it is told once"
 
 
 PDSH = f"""#!{sys.executable}
@@ -172,6 +175,7 @@ import subprocess, sys
 words = sys.argv[1:]
 hosts = words[words.index("-w") + 1].split(",")
 command = words[next(i for i, word in enumerate(words) if "export" in word or word.startswith("cd ")):]
+print("pdsh", *command, flush=True)
 running = [subprocess.Popen(["bash", "-c", " ".join(command).replace("%n", str(n))]) for n in range(len(hosts))]
 sys.exit(max(process.wait() for process in running))
 """
@@ -206,6 +210,18 @@ def test_two_machines_of_a_hostfile_train_one_student(
     assert process.returncode == 0, said
     summary = json.loads((user / "runs" / "tiny" / "summary.json").read_text())
     assert (summary["distill"]["ranks"], summary["distill"]["finished"]) == (2, True)
+    (carried,) = [line for line in said.splitlines() if line.startswith("pdsh ")]
+    assert "export PYTHONPATH=" in carried
+    for machines_own in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):
+        assert machines_own not in carried, "another machine may have what this one lacks"
+
+
+@pytest.mark.parametrize("told_by", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
+def test_ranks_share_the_cores_of_the_machine_they_are_on(told_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {told_by: "3"})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    rank.settle_in()
+    assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
 def test_a_machine_that_does_not_answer_or_see_the_run_is_named_before_anything_starts(
@@ -221,8 +237,15 @@ def test_a_machine_that_does_not_answer_or_see_the_run_is_named_before_anything_
     assert steps_of(user / "runs" / "tiny") == []
     hosts.write_text("worker-1 slots=1\nblind slots=1\n")
     run = RunFolder(user / "runs" / "tiny")
-    with pytest.raises(PipelineError, match=r"^blind does not see .*/runs/tiny or "):
-        check_hosts(read_hosts(hosts, 4), run)
+    with pytest.raises(
+        PipelineError, match=r"^blind does not see all of .*/runs/tiny/recipe.toml, .*/runs/tiny/shards$"
+    ):
+        check_hosts(read_hosts(hosts, 4), run, run.shards)
+    hosts.write_text("worker-1 slots=1\n")
+    check_hosts(read_hosts(hosts, 4), run, run.shards)
+    check_hosts(read_hosts(hosts, 4), run, "s3://bucket/set")
+    with pytest.raises(PipelineError, match=r"^worker-1 does not see all of .*/only/here$"):
+        check_hosts(read_hosts(hosts, 4), run, tmp_path / "only" / "here")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +271,7 @@ def test_without_pdsh_that_is_said(user: Path, monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "hosts").write_text("worker-1 slots=1\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PipelineError, match="pdsh, by which"):
-        check_hosts(read_hosts(tmp_path / "hosts", 4), RunFolder(user / "runs" / "tiny"))
+        check_hosts(read_hosts(tmp_path / "hosts", 4), RunFolder(user / "runs" / "tiny"), "s3://bucket/set")
 
 
 @pytest.mark.skipif(shutil.which("screen") is None, reason="screen is not installed on this machine")
