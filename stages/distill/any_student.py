@@ -66,14 +66,13 @@ class Distillation(Dataset[Record]):
         ids_BS = np.zeros(mask_BS.shape, np.int64)
         ids_BS[mask_BS] = np.concatenate(sequences)
         labels_BS = np.full_like(ids_BS, NOT_TRAINED)
-        rows, labels = [], []
+        rows = []
         for b, record in enumerate(records):
             first = record.prompt_ids_P.size + record.first_position
             span = slice(first, first + record.positions)
             labels_BS[b, span] = ids_BS[b, span]
-            labels.append(record.response_ids_R[record.first_position :][: record.positions])
             rows.append(np.arange(span.start, span.stop) - 1 + b * width)
-        teacher = teacher_rows(records, labels)
+        teacher = teacher_rows(records)
         return {
             "input_ids": torch.from_numpy(ids_BS),
             "attention_mask": torch.from_numpy(mask_BS.astype(np.int64)),

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.record import AttentionSummary, Float32, Int32, Record
+from shards.record import AttentionSummary, Float32, Record
 from stages.distill.losses.attention import EncoderAttention, TeacherAttention
 from stages.distill.losses.rows import TeacherRows, log_difference
 
@@ -75,15 +75,13 @@ def assemble(records: Sequence[Record], start_token_id: int) -> Batch:
         decoder_ids_BT=decoder_ids,
         decoder_mask_BT=decoder_mask,
         rows_N=torch.cat([torch.arange(span.start, span.stop) + b * width for b, span in enumerate(spans)]),
-        teacher=teacher_rows(
-            records, [response[span.start : span.stop] for response, span in zip(responses, spans, strict=True)]
-        ),
+        teacher=teacher_rows(records),
         attention=_attention(records),
         encoder_attention=_encoder_attention(records, prompt_ids.shape[1]),
     )
 
 
-def teacher_rows(records: Sequence[Record], labels: Sequence[Int32]) -> TeacherRows:
+def teacher_rows(records: Sequence[Record]) -> TeacherRows:
     """The cached side of all predicted positions of `records`, one after the other, with their labels."""
     widest = max(record.ids_NK.shape[1] for record in records)
     ids_NK = _stack([_widened(record.ids_NK, widest, -1) for record in records]).long()
@@ -104,7 +102,7 @@ def teacher_rows(records: Sequence[Record], labels: Sequence[Int32]) -> TeacherR
         log_tail_N=log_tail_N,
         entropy_N=_stack([record.entropy_N for record in records]),
         curve_NJ=_stack(curves) if len(curves) == len(records) else None,
-        labels_N=_stack(labels).long(),
+        labels_N=_stack([record.labels_N for record in records]).long(),
     )
 
 

@@ -14,10 +14,8 @@ from stages.distill.batches import Batch, assemble
 from stages.distill.losses.attention import student_layers
 from stages.distill.losses.rows import Rows, StudentRows, TeacherRows, log_difference
 from stages.distill.losses.table import yardstick
-from stages.distill.passages import blocks
+from stages.distill.passages import BLOCK_ROWS, blocks
 from stages.student.model import MiniCodformerForConditionalGeneration, StudentHidden
-
-BLOCK_ROWS = 128
 
 Decode = Callable[[Sequence[int]], str]
 

@@ -16,6 +16,7 @@ from stages.distill.batches import Batch, Prefetcher, assemble
 from stages.distill.calibration import CALIBRATION_BINS, calibration_error
 from stages.distill.objective import EVALUATION_SUMS, DistillModule, LossTerms
 from stages.distill.order import Indices, record_lengths, sharded_pass
+from stages.distill.passages import load_for_measuring
 from stages.distill.settings import ObjectiveSettings
 from stages.events import Emit, Progress, silent
 
@@ -30,13 +31,17 @@ class EvaluationReport:
     cross_entropy: float
     """Of the records' own tokens."""
     perplexity: float
-    """exp(cross_entropy)."""
     top1_agreement: float
     """How often the student's most probable token is the teacher's."""
     top5_agreement: float
     """How often the teacher's most probable token is among the student's five."""
     ece: float
     """Expected calibration error of the student's most probable token, as a guess at the record's own."""
+
+
+def perplexity(cross_entropy: float) -> float:
+    """exp(cross_entropy), as far as a number goes."""
+    return math.exp(min(cross_entropy, 700.0))
 
 
 def evaluate(
@@ -77,7 +82,7 @@ def evaluate(
         positions=int(positions),
         kl=mean["kl"],
         cross_entropy=mean["ce"],
-        perplexity=math.exp(min(mean["ce"], 700.0)),
+        perplexity=perplexity(mean["ce"]),
         top1_agreement=mean["top1"],
         top5_agreement=mean["top5"],
         ece=calibration_error(calibration.view(CALIBRATION_BINS, 3)),
@@ -94,14 +99,11 @@ def evaluate_model(
     emit: Emit = silent,
 ) -> EvaluationReport:
     """Measure a saved student in this process, without DeepSpeed; on the first `records` of the split, if given."""
-    from stages.student.model import MiniCodformerForConditionalGeneration
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = MiniCodformerForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
-    module = DistillModule(student, ObjectiveSettings(kd_weight=0.0), shards.contract).eval().to(device)
+    student = load_for_measuring(model_folder)
+    module = DistillModule(student, ObjectiveSettings(kd_weight=0.0), shards.contract).eval()
     with torch.no_grad():
         return evaluate(
-            lambda batch: module(batch.to(device)),
+            lambda batch: module(batch.to(student.device)),
             shards.split(split),
             records=records,
             start_token_id=shards.contract.start_token_id,

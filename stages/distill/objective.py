@@ -202,27 +202,29 @@ def left_out(settings: ObjectiveSettings, contract: Contract) -> Iterator[str]:
         yield "the shards carry no attention of the prompt's own rows: the encoder's attention is not taught"
 
 
+def taught_attention(settings: ObjectiveSettings, contract: Contract) -> set[str]:
+    """Those of "attention" and "encoder" that weigh something, and that the shards have what it takes for."""
+    held = {} if contract.attention is None else {"attention": settings.attention_weight}
+    if contract.attention is not None and contract.attention.rows == "all":
+        held["encoder"] = settings.encoder_weight
+    return {term for term, weight in held.items() if weight}
+
+
 def told_names(settings: ObjectiveSettings, contract: Contract) -> list[str]:
     """Those of SUMS that say something in a run, in their order."""
-    silent = {"positions"}
+    silent = {"positions"} | ({"attention", "encoder"} - taught_attention(settings, contract))
     if not contract.selection.logprobs:
         silent |= {"kept"}
     if not (settings.tempers and settings.kd_weight):
         silent |= {"temperature"}
     if not LOSSES[settings.kd].hard_negatives:
         silent |= {"hard_share", "hard_mass"}
-    if contract.attention is None or not settings.attention_weight:
-        silent |= {"attention"}
-    if contract.attention is None or contract.attention.rows != "all" or not settings.encoder_weight:
-        silent |= {"encoder"}
     return [name for name in SUMS if name not in silent]
 
 
 def needs_attention(settings: ObjectiveSettings, contract: Contract) -> bool:
     """Whether the student must give its attention weights in some step."""
-    if contract.attention is None:
-        return False
-    return settings.attention_weight > 0 or (settings.encoder_weight > 0 and contract.attention.rows == "all")
+    return bool(taught_attention(settings, contract))
 
 
 def _taught(layers: tuple[Tensor, ...], rows_N: Tensor, teacher: TeacherAttention) -> list[Tensor]:

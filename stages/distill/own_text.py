@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor
 
 from stages.distill.calibration import CALIBRATION_BINS, calibration_error, calibration_table
-from stages.distill.passages import Text, blocks, student_rows
+from stages.distill.evaluate import perplexity
+from stages.distill.passages import BLOCK_ROWS, Text, blocks, load_for_measuring, student_rows
 from stages.events import Emit, Progress, silent
-
-BLOCK_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +22,6 @@ class TextReport:
     positions: int
     cross_entropy: float
     perplexity: float
-    """exp(cross_entropy)."""
     top1_accuracy: float
     """How often the student's most probable token is the text's."""
     top5_accuracy: float
@@ -38,17 +35,13 @@ def evaluate_text(
     model_folder: Path, texts: Sequence[Text], *, block_rows: int = BLOCK_ROWS, emit: Emit = silent
 ) -> TextReport:
     """Measure a saved student in this process; logits exist for one block of positions at a time."""
-    from stages.student.model import MiniCodformerForConditionalGeneration
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = MiniCodformerForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
-    student.eval().to(device)
+    student = load_for_measuring(model_folder)
     sums = torch.zeros(3, dtype=torch.float64)
     calibration_C3 = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64)
     for done, text in enumerate(texts, 1):
         rows_ND = student_rows(student, text)
         first = text.first_position
-        labels_N = torch.from_numpy(text.response_ids_R[first : first + text.positions]).long().to(device)
+        labels_N = torch.from_numpy(text.response_ids_R[first : first + text.positions]).long().to(student.device)
         for block in blocks(text.positions, block_rows):
             log_q_NV = student.lm_head(rows_ND[block]).float().log_softmax(1)
             found, table_C3 = _measured(log_q_NV, labels_N[block])
@@ -60,7 +53,7 @@ def evaluate_text(
     return TextReport(
         positions=positions,
         cross_entropy=loss,
-        perplexity=math.exp(min(loss, 700.0)),
+        perplexity=perplexity(loss),
         top1_accuracy=top1,
         top5_accuracy=top5,
         ece=calibration_error(calibration_C3),

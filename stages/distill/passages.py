@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,6 +15,10 @@ from stages.distill.batches import pad
 
 if TYPE_CHECKING:
     from stages.student.model import MiniCodformerForConditionalGeneration
+
+
+BLOCK_ROWS = 128
+"""Positions whose logits exist at a time, unless told otherwise."""
 
 
 class Text(Protocol):
@@ -43,6 +48,17 @@ class Passage:
     @property
     def positions(self) -> int:
         return self.response_ids_R.size
+
+
+def load_for_measuring(folder: Path) -> MiniCodformerForConditionalGeneration:
+    """A saved student in fp32, on a GPU where there is one."""
+    from stages.student.model import MiniCodformerForConditionalGeneration
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student: MiniCodformerForConditionalGeneration
+    student = MiniCodformerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    student.eval().to(device)
+    return student
 
 
 def student_rows(student: MiniCodformerForConditionalGeneration, text: Text) -> Tensor:

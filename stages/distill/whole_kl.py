@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.distill.passages import Text, blocks, student_rows
+from stages.distill.passages import BLOCK_ROWS, Text, blocks, load_for_measuring, student_rows
 from stages.errors import StageError
 from stages.events import Emit, Progress, silent
-
-BLOCK_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +84,8 @@ def whole_kl(
 
     Raises StageError for a teacher whose logits cannot be taken block by block, or whose vocabulary is smaller.
     """
-    from stages.student.model import MiniCodformerForConditionalGeneration
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = MiniCodformerForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
-    student.eval().to(device)
-    teacher = WholeTeacher(teacher_folder, device=device)
+    student = load_for_measuring(model_folder)
+    teacher = WholeTeacher(teacher_folder, device=student.device)
     width = student.config.vocab_size
     if teacher.vocab_size < width:
         raise StageError(
