@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from shards.codec import codec_for
 from shards.contract import Contract
-from shards.planes.calibration import learn_tables
+from shards.planes.learn_tables import learn_tables
 from shards.planes.numbers import to_symbols
 from shards.planes.rans import Coder, decode
 from shards.planes.tables import Tables, fingerprint

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.peer_layouts import K
 from benchmarks.teacher_logits import NODES, Passage
 from shards.contract import Contract, Selection
+from shards.planes.codec import Planes3
 from shards.record import AttentionSummary, Record
 
 VOCAB, WIDE_VOCAB = 49_152, 151_936
@@ -24,7 +25,7 @@ FREQUENT = 1_024
 
 def contract_of(selection: Selection, vocab_size: int = VOCAB, **fields: object) -> Contract:
     text = ("teacher", "teacher_fingerprint", "tokenizer_fingerprint", "corpus_fingerprint", "engine", "dtype")
-    given = dict.fromkeys(text, "") | {"codec": "planes/3", "start_token_id": 0, "end_token_id": 0, "attention": None}
+    given = dict.fromkeys(text, "") | {"codec": Planes3.name, "start_token_id": 0, "end_token_id": 0, "attention": None}
     return Contract(selection=selection, vocab_size=vocab_size, **(given | fields))  # type: ignore[arg-type]
 
 

@@ -20,6 +20,7 @@ from benchmarks.teacher_logits import LAYERS, TOP_M
 from shards.contract import AttentionSpec, Contract, Selection
 from shards.learnt import EXAMPLES, with_tables
 from shards.manifest import begin, is_sealed, seal
+from shards.planes.codec import Planes3
 from shards.reader import ShardSet
 from shards.record import Record
 from shards.storage import storage_at
@@ -51,7 +52,7 @@ class Kept:
 
     def contract(self) -> Contract:
         return Contract(
-            codec="planes/3",
+            codec=Planes3.name,
             teacher=TEACHER,
             teacher_fingerprint="",
             tokenizer_fingerprint="",

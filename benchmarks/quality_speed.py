@@ -31,6 +31,7 @@ from pipeline.assets import teacher_folder
 from shards.contract import Contract, Selection
 from shards.learnt import with_tables
 from shards.manifest import begin, seal
+from shards.planes.codec import Planes3
 from shards.reader import ShardSet
 from shards.record import Record
 from shards.storage import storage_at
@@ -50,7 +51,7 @@ SHARE = 0.95
 OBJECTIVE = ObjectiveSettings(kd="water_filled_kl", attention_weight=0.0, encoder_weight=0.0)
 CONTRACT = Contract(
     **dict.fromkeys(("teacher_fingerprint", "tokenizer_fingerprint", "corpus_fingerprint", "engine", "dtype"), ""),
-    codec="planes/3",
+    codec=Planes3.name,
     teacher=TEACHER,
     vocab_size=VOCAB,
     start_token_id=0,

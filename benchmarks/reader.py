@@ -29,7 +29,7 @@ from shards.export import export_parquet
 from shards.framing import write_frame
 from shards.learnt import tables_budget
 from shards.manifest import begin, seal
-from shards.planes.calibration import learn_tables
+from shards.planes.learn_tables import learn_tables
 from shards.planes.tables import fingerprint
 from shards.reader import ShardSet, Split
 from shards.schema import fixed_parts

@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import Row, compare, parser, write
+from benchmarks.teacher_logits import TEACHER
 from pipeline.assets import teacher_folder
 from stages.corpus.chat import CHAT_FILE, chat_document
 from stages.corpus.tokenizer import ChatTokenizer
@@ -74,7 +75,7 @@ class Prompts:
 
 def save_student(folder: Path) -> None:
     """The demo's student before its training, with tokens that are all text and the tokenizer of the demo's teacher."""
-    teacher = teacher_folder("demo:smollm2-135m-instruct", None, silent)
+    teacher = teacher_folder(TEACHER, None, silent)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (teacher / name).exists():
             (folder / name).write_bytes((teacher / name).read_bytes())

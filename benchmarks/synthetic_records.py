@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from shards.contract import Contract, Selection
+from shards.planes.codec import Planes3
 from shards.record import Record
 
 K = 64
@@ -14,7 +15,7 @@ SLOPES = 50
 
 def synthetic_contract(vocab_size: int) -> Contract:
     return Contract(
-        codec="planes/3",
+        codec=Planes3.name,
         teacher="synthetic",
         teacher_fingerprint="1" * 64,
         tokenizer_fingerprint="2" * 64,

@@ -26,10 +26,11 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.record import Row, compare, parser, write
+from benchmarks.teacher_logits import TEACHER
 from pipeline.assets import teacher_folder
 from shards.contract import AttentionSpec, Contract, Selection
-from shards.planes.calibration import learn_tables
 from shards.planes.codec import Planes3
+from shards.planes.learn_tables import learn_tables
 from shards.planes.tables import fingerprint
 from shards.record import Record
 from shards.writer import build_shard
@@ -192,7 +193,7 @@ def main() -> None:
     quick: bool = parser(__doc__).parse_args().quick
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # vLLM takes as many threads as there are cores
     torch.set_num_threads(1)
-    folder = teacher_folder("demo:smollm2-135m-instruct", None, silent)
+    folder = teacher_folder(TEACHER, None, silent)
     write(
         "teacher_cache",
         list(rows(measure(folder, QUICK_ROUNDS if quick else ROUNDS))),

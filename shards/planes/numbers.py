@@ -16,7 +16,6 @@ Numbers = NDArray[np.int32]
 
 ALONE, WIDE = 192, 255
 WIDE_FROM = ALONE + ((WIDE - ALONE) << 8)
-LIMIT = 1 << 24
 
 
 def to_symbols(numbers: NDArray[np.integer]) -> tuple[NDArray[np.uint8], int]:

@@ -58,7 +58,7 @@ KINDS: Mapping[str, int] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """Learnt tables. Built by `calibration.learn_tables`, or from what a shard holds."""
+    """Learnt tables. Built by `learn_tables`, or from what a shard holds."""
 
     vocab_size: int
     steps: int

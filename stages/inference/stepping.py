@@ -43,9 +43,6 @@ class DecoderState:
     memories: list[Tensor]
     prompts: list[EncodedPrompt]
 
-    def __len__(self) -> int:
-        return len(self.prompts)
-
 
 @torch.inference_mode()
 def encode(model: Model, prompts: Sequence[Sequence[int]]) -> list[EncodedPrompt]:

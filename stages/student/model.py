@@ -277,7 +277,7 @@ def build_student(
         num_attention_heads=shape.heads,
         intermediate_size=shape.intermediate_size,
         conv_kernel=shape.conv_kernel,
-        ode_unfolds=shape.ode_unfolds or 0,
+        ode_unfolds=shape.ode_unfolds,
         recurrence=shape.recurrence,
         wiring=shape.wiring,
         prime_state=shape.prime_state,

@@ -16,7 +16,7 @@ class StudentShape:
     heads: int = 4
     intermediate_size: int = 688
     conv_kernel: int = 4
-    ode_unfolds: int | None = 6
+    ode_unfolds: int = 6
     """Fused Euler steps a token; 0 stands for the exact flow of the ODE."""
     recurrence: str = "matrix"
     """What a liquid neuron holds: "matrix", "vector" (the plain LTC neuron) or "delta" (Gated DeltaNet's rule)."""
@@ -34,7 +34,7 @@ class StudentShape:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"student.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("ode_unfolds", "ncp_seed"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
+            if getattr(self, name) < 0:
                 raise ValueError(f"student.{name} must be a whole number from 0, not {getattr(self, name)}")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"student.hidden_size {self.hidden_size} must be a multiple of 2 x heads {self.heads}")

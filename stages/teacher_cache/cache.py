@@ -26,7 +26,6 @@ from shards.manifest import (
 from shards.storage import LocalStorage, Location, Storage, storage_at
 from stages.corpus.store import Corpus
 from stages.events import Emit
-from stages.teacher_cache.calibration import calibrated, codec_of
 from stages.teacher_cache.engines.protocol import CaptureSpec, EngineFactory
 from stages.teacher_cache.engines.vllm.adapter import VllmEngine
 from stages.teacher_cache.engines.vllm.prompt_logprobs import PromptLogprobsEngine
@@ -36,6 +35,7 @@ from stages.teacher_cache.plan import plan_units
 from stages.teacher_cache.preflight import require_fits
 from stages.teacher_cache.replica import EngineFacts, EngineOrder, Spread, in_process
 from stages.teacher_cache.settings import CacheSettings, TeacherSettings
+from stages.teacher_cache.tables_of_set import codec_of, with_learnt_tables
 from stages.teacher_cache.teacher import TeacherFacts, read_facts, teacher_files, weights_fingerprint
 
 ENGINES: Mapping[str, EngineFactory] = {"capture": VllmEngine, "prompt_logprobs": PromptLogprobsEngine}
@@ -69,7 +69,7 @@ def fill_cache(
         )
         replicas = [stack.enter_context(closing(replica)) for replica in spread(order)]
         contract = _contract(corpus, teacher, teacher_folder, facts, spec, replicas[0].facts(), codec=codec_of(storage))
-        contract, tables = calibrated(
+        contract, tables = with_learnt_tables(
             storage, contract, corpus.train, replicas[0], emit, records_per_shard=cache.records_per_shard
         )
         begin(storage, contract)

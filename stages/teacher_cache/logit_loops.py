@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.compiled import compiled
+from stages.teacher_cache.draws import BLOCK as MASS_BLOCK
 
-MASS_BLOCK = 256
-"""Columns whose sum of powers is told apart."""
 _MAXIMA_BLOCK, _HALF_BLOCK, _LANES = 64, MASS_BLOCK // 2, MASS_BLOCK // 8
 _LEAST_KEY = np.int32(-(2**31))
 _KEY_BITS, _LAST_COLUMN = np.int32(0x7FFFFFFF), 0x7FFFFFFF

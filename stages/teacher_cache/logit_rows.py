@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.teacher_cache.draws import BLOCK, block_masses, drawn_columns
-from stages.teacher_cache.logit_loops import MASS_BLOCK, select_largest, sum_tails
+from stages.teacher_cache.logit_loops import select_largest, sum_tails
 from stages.teacher_cache.signals import mask_kept, tail_sums
 from stages.wide_topk import select_topk
 
@@ -97,7 +97,6 @@ class LoopedRows(LogitRows):
     def take_out(
         self, columns_NC: Tensor, kept_NC: Tensor, reference_N: Tensor, curve: Sequence[float], *, masses: bool
     ) -> tuple[Tensor, Tensor | None]:
-        assert MASS_BLOCK == BLOCK
         rows, width = self._logits_NV.shape
         nodes = sorted((1.0, *curve))
         doubles = [node == 2 * below for below, node in zip([0.0, *nodes], nodes, strict=False)]

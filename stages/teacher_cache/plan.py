@@ -20,9 +20,6 @@ class Unit:
     start: int
     stop: int
 
-    def __len__(self) -> int:
-        return self.stop - self.start
-
     def of(self, samples: Sequence[Sample]) -> Sequence[Sample]:
         """This unit's part of its split's samples."""
         return samples[self.start : self.stop]

@@ -5,13 +5,11 @@ Memory is counted from the shapes in config.json, for one of the devices that a 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
@@ -107,7 +105,8 @@ def preflight(
         f"{extent.prompt_tokens:,} prompt and {extent.response_tokens:,} response tokens",
     )
     yield _work(extent, teacher, teacher_folder, devices)
-    yield from _fits(corpus, extent, teacher, cache, teacher_folder)
+    for check in _fits(corpus, extent, teacher, cache, teacher_folder):
+        yield check if check.ok else replace(check, fact=f"{check.fact}; {_HINTS[check.name]}")
     yield _memory(teacher, teacher_folder, devices)
     yield _room(extent, cache, teacher_folder, storage, missing=1 - len(published) / max(len(units), 1))
 
@@ -188,13 +187,10 @@ def _work(extent: _Extent, teacher: TeacherSettings, teacher_folder: Path, devic
 
 def _memory(teacher: TeacherSettings, teacher_folder: Path, devices: Devices) -> Check:
     """What one device holds: its part of the weights, keys and values of one longest sample, a block of logits."""
-    facts, config = read_facts(teacher_folder), _config(teacher_folder)
+    facts = read_facts(teacher_folder)
     width = _WIDTHS[resolve_dtype(teacher.dtype, teacher_folder)]
     weights = _file_bytes(teacher_folder) if facts.quantisation else _parameters(teacher_folder) * width
-    heads = config.get("num_attention_heads", 1)
-    head_dim = config.get("head_dim") or facts.hidden_size // heads
-    key_heads = config.get("num_key_value_heads") or heads
-    cached = 2 * facts.layers * key_heads * head_dim * width * teacher.max_model_len
+    cached = 2 * facts.layers * facts.key_heads * facts.head_dim * width * teacher.max_model_len
     head = facts.vocab_size * facts.hidden_size * 4 if teacher.head_dtype == "float32" else 0
     logits = min(teacher.max_batched_tokens, teacher.max_model_len) * facts.vocab_size * 4
     needed = (weights + cached + head) // teacher.tensor_parallel + min(logits, _LOGITS_BYTES)
@@ -208,7 +204,15 @@ def _memory(teacher: TeacherSettings, teacher_folder: Path, devices: Devices) ->
         return Check(name="memory", ok=True, fact=f"{needed / _GIB:.1f} GiB a device, {seen}: {parts}")
     there = devices.memory * (teacher.gpu_memory_utilization if devices.gpus else 1.0)
     told, fits = f"{needed / _GIB:.1f} of {there / _GIB:.1f} GiB a device: {parts}", needed <= there
-    return Check(name="memory", ok=fits, fact=told if fits else f"{told}; raise teacher.tensor_parallel (TP=…)")
+    return Check(name="memory", ok=fits, fact=told if fits else f"{told}; {_relief(teacher, devices)}")
+
+
+def _relief(teacher: TeacherSettings, devices: Devices) -> str:
+    """Where memory falls short, what makes it enough: processes without a GPU only split the same memory again."""
+    if devices.gpus:
+        return "raise teacher.tensor_parallel (TP=…)"
+    fewer = f"have fewer copies (GPUS={teacher.tensor_parallel}), or " if devices.replicas > 1 else ""
+    return f"{fewer}lower teacher.max_model_len"
 
 
 def _room(extent: _Extent, cache: CacheSettings, teacher_folder: Path, storage: Storage, *, missing: float) -> Check:
@@ -243,8 +247,3 @@ def _parameters(folder: Path) -> int:
 
 def _file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in weight_files(folder))
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config

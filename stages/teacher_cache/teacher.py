@@ -1,7 +1,7 @@
 """The teacher's folder: what it is, and the part of it that travels with the shards.
 
 What reaches the student is published under `teacher/` in the shard set: the tokenizer's files as they are, how prompts
-were rendered (`chat.json`), the principal components of the head, and `teacher.json` with the facts of the model.
+were rendered (`chat.json`), and the principal components of the head.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from stages.corpus.chat import CHAT_FILE, chat_document
 from stages.corpus.fingerprint import sha256_of, tokenizer_files
 from stages.errors import StageError
 
-FACTS_FILE = "teacher.json"
 _HEADS = ("lm_head", "embed_out")
 _EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings")
 """What architectures call the modules; a head that is tied is saved as the embedding alone."""
@@ -42,8 +41,11 @@ class TeacherFacts:
     """Width of the logits; it may exceed the tokenizer's."""
     layers: int
     hidden_size: int
-    logits_scale: float
-    """What the head's product is multiplied with."""
+    heads: int
+    key_heads: int
+    head_dim: int
+    inner_widths: tuple[int, ...]
+    """Of the perceptron in a layer, and of each of its experts."""
     quantisation: str
     """The method by which the weights are packed ("fp8", "awq", "gptq", …); empty where they are not."""
 
@@ -53,12 +55,18 @@ def read_facts(folder: Path) -> TeacherFacts:
     path = folder / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        width, heads = config["hidden_size"], config.get("num_attention_heads", 1)
         return TeacherFacts(
             architecture=config["architectures"][0],
             vocab_size=config["vocab_size"],
             layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            logits_scale=float(config.get("logit_scale") or 1.0),
+            hidden_size=width,
+            heads=heads,
+            key_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or width // heads,
+            inner_widths=tuple(
+                config[name] for name in ("intermediate_size", "moe_intermediate_size") if config.get(name)
+            ),
             quantisation=(config.get("quantization_config") or {}).get("quant_method", ""),
         )
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
@@ -73,15 +81,12 @@ def tensor_parallel_sizes(folder: Path, most: int) -> list[int]:
 
     Key heads may be fewer than devices: each is then held by several. Raises StageError where config.json is none.
     """
-    read_facts(folder)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    heads = config.get("num_attention_heads", 1)
-    key_heads = config.get("num_key_value_heads") or heads
-    widths = [config[name] for name in ("intermediate_size", "moe_intermediate_size") if config.get(name)]
+    facts = read_facts(folder)
     return [
         size
         for size in range(1, most + 1)
-        if all(number % size == 0 for number in (heads, *widths)) and (key_heads % size == 0 or size % key_heads == 0)
+        if all(number % size == 0 for number in (facts.heads, *facts.inner_widths))
+        and (facts.key_heads % size == 0 or size % facts.key_heads == 0)
     ]
 
 
@@ -104,10 +109,10 @@ def teacher_files(source: Path, storage: Storage, *, pca_width: int, thinking: b
 
     A head that a folder has already is not analysed again. Raises StageError where that was done to another width.
     """
-    facts, standing = read_facts(source), f"{TEACHER_FOLDER}/{HEAD_PCA_FILE}"
+    standing = f"{TEACHER_FOLDER}/{HEAD_PCA_FILE}"
     if storage.exclusive and storage.size(standing) is not None:
         head = storage.read(standing, most=_MOST_HEAD_BYTES)
-        if (width := load(head)[HEAD_PCA_TENSOR].shape[1]) != min(pca_width, facts.hidden_size):
+        if (width := load(head)[HEAD_PCA_TENSOR].shape[1]) != min(pca_width, read_facts(source).hidden_size):
             raise StageError(
                 f"{storage.where(TEACHER_FOLDER)} holds {width} components, cache.pca_width is {pca_width}",
                 hint="cache.pca_width must stay what it was when this set was begun",
@@ -117,7 +122,6 @@ def teacher_files(source: Path, storage: Storage, *, pca_width: int, thinking: b
     return {
         **{path.name: path.read_bytes() for path in tokenizer_files(source)},
         CHAT_FILE: chat_document(thinking=thinking),
-        FACTS_FILE: f"{json.dumps(asdict(facts), indent=1, sort_keys=True)}\n".encode(),
         HEAD_PCA_FILE: head,
     }
 

@@ -12,8 +12,8 @@ import torch
 from selections import SELECTIONS, contract_of, record_of
 
 from shards.manifest import begin, seal
-from shards.planes.calibration import learn_tables
 from shards.planes.codec import Planes3
+from shards.planes.learn_tables import learn_tables
 from shards.planes.tables import fingerprint
 from shards.reader import ShardSet
 from shards.writer import write_shard

@@ -15,7 +15,7 @@ import zstandard
 from shards.codec import codec_for
 from shards.contract import AttentionSpec, Contract, Selection
 from shards.errors import Corrupt, InvalidRecord, ShardError
-from shards.planes.calibration import learn_tables
+from shards.planes.learn_tables import learn_tables
 from shards.planes.rans import STATES, Coder, Stream, learn_frequencies
 from shards.planes.tables import fingerprint, plain_tables
 from shards.record import Record

@@ -11,9 +11,9 @@ import zstandard
 from shards.codec import codec_for
 from shards.contract import AttentionSpec, Contract, Selection
 from shards.errors import Corrupt, UnknownVersion
-from shards.planes.calibration import learn_tables
 from shards.planes.codec import Planes3
 from shards.planes.id_sets import choose_classes
+from shards.planes.learn_tables import learn_tables
 from shards.planes.tables import Tables, fingerprint
 from shards.record import Record
 from tests.shards.whole import SELECTIONS, contract_of, learnt, record_of

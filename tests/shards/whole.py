@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 
 from shards.contract import AttentionSpec, Contract, Selection
-from shards.planes.calibration import learn_tables
+from shards.planes.learn_tables import learn_tables
 from shards.planes.tables import fingerprint
 from shards.record import AttentionSummary, Record
 

@@ -67,7 +67,6 @@ def test_the_teacher_travels_with_the_shards(undisturbed: dict[str, bytes], teac
         "tokenizer.json",
         "chat_template.jinja",
         "chat.json",
-        "teacher.json",
         "head_pca.safetensors",
         "fidelity.json",
     }

@@ -27,9 +27,11 @@ GIB = 1 << 30
 def look(smollm2: Path, tmp_path: Path) -> Callable[..., dict[str, Check]]:
     """The checks of a run with the real teacher, by name."""
 
-    def look(corpus: Corpus, memory: int | None = 8 * GIB, **settings: object) -> dict[str, Check]:
+    def look(
+        corpus: Corpus, memory: int | None = 8 * GIB, *, gpus: bool = True, replicas: int = 2, **settings: object
+    ) -> dict[str, Check]:
         teacher = TeacherSettings(dtype="bfloat16", **settings)
-        devices = Devices(replicas=2, memory=memory, gpus=True)
+        devices = Devices(replicas=replicas, memory=memory, gpus=gpus)
         checks = preflight(
             corpus=corpus,
             teacher=teacher,
@@ -78,6 +80,21 @@ def test_memory_is_what_one_device_holds(
     assert fits or "tensor_parallel" in check.fact
 
 
+@pytest.mark.parametrize(
+    ("devices", "remedy"),
+    [
+        ({"gpus": True}, "raise teacher.tensor_parallel (TP=…)"),
+        ({"gpus": False}, "have fewer copies (GPUS=1), or lower teacher.max_model_len"),
+        ({"gpus": False, "replicas": 1}, "lower teacher.max_model_len"),
+    ],
+)
+def test_where_memory_falls_short_what_is_said_to_help_does(
+    recorded: ModuleType, smollm2: Path, look: Callable[..., dict[str, Check]], devices: dict[str, int], remedy: str
+) -> None:
+    check = look(recorded.make_corpus(smollm2), GIB // 5, **devices)["memory"]
+    assert check.fact.endswith(f"; {remedy}")
+
+
 def test_a_sample_beyond_the_context_and_an_id_beyond_the_vocabulary_are_seen(
     recorded: ModuleType, smollm2: Path, look: Callable[..., dict[str, Check]]
 ) -> None:
@@ -87,6 +104,8 @@ def test_a_sample_beyond_the_context_and_an_id_beyond_the_vocabulary_are_seen(
     checks = look(corpus, max_model_len=99)
     assert {name for name, check in checks.items() if not check.ok} == {"vocabulary", "context"}
     assert "100 tokens" in checks["context"].fact
+    assert "; raise teacher.max_model_len" in checks["context"].fact
+    assert "; the tokenizer belongs to another model" in checks["vocabulary"].fact
     assert all(check.ok for check in look(recorded.make_corpus(smollm2), max_model_len=100).values())
 
 

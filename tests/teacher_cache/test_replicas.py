@@ -30,11 +30,11 @@ from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Event, Metric, Note, Progress
 from stages.teacher_cache.cache import fill_cache
-from stages.teacher_cache.calibration import _captured
 from stages.teacher_cache.engines.protocol import CaptureSpec
 from stages.teacher_cache.engines.vllm.prompt_logprobs import PromptLogprobsEngine
 from stages.teacher_cache.replica import InProcess, ReplicaDied, Spread
 from stages.teacher_cache.settings import CacheSettings, TeacherSettings
+from stages.teacher_cache.tables_of_set import _captured
 from tests.teacher_cache.folders import contents
 
 
@@ -297,4 +297,4 @@ def test_a_cluster_that_is_not_there_is_named_at_once(monkeypatch: pytest.Monkey
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(PipelineError, match=address) as refused, replicas(2, 1, Machine(gpus=0, cores=2), [1]):
         pass
-    assert "ray start" in refused.value.hint
+    assert "`.venv/bin/ray start --head`" in refused.value.hint

@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 def test_facts_of_the_real_teacher(smollm2: Path) -> None:
     facts = read_facts(smollm2)
     assert (facts.architecture, facts.vocab_size, facts.layers) == ("LlamaForCausalLM", 49_152, 30)
-    assert (facts.hidden_size, facts.logits_scale) == (576, 1.0)
+    assert (facts.hidden_size, facts.heads, facts.key_heads, facts.head_dim) == (576, 9, 3, 64)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"architectures": []}', '{"architectures": ["X"], "vocab_size": 1}'])

@@ -25,7 +25,7 @@ def codec_of(storage: Storage) -> str:
     return read_contract(storage).codec if storage.size(CONTRACT_NAME) is not None else Planes3.name
 
 
-def calibrated(
+def with_learnt_tables(
     storage: Storage,
     contract: Contract,
     samples: Sequence[Sample],
