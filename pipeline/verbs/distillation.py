@@ -115,7 +115,8 @@ def evaluate(
     name: RunOption = None,
     shards: ShardsOption = None,
     split: Annotated[
-        str | None, typer.Option("--split", help="Measure all of this split: validation or train; of any set.")
+        str | None,
+        typer.Option("--split", help="The split to measure: validation or train; with --shards, of another set."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Measure on the rows of this JSONL, which no teacher has read.")

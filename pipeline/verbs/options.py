@@ -33,7 +33,8 @@ RecipeOption = Annotated[
     typer.Option(
         "--recipe",
         autocompletion=_recipe_names,
-        help="A shipped recipe or a TOML file. [default: qwen3-8b with a GPU, else smollm2-demo]",
+        help="A shipped recipe or a TOML file. "
+        "[default: the run's own; for a new run qwen3-8b with a GPU, else smollm2-demo]",
     ),
 ]
 NameOption = Annotated[
