@@ -22,7 +22,7 @@ from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Event, Note, Progress
 from stages.teacher_cache import cache as cache_module
-from stages.teacher_cache import calibration
+from stages.teacher_cache import tables_of_set
 from stages.teacher_cache import job as job_module
 from stages.teacher_cache.measure import read_fidelity
 from tests.teacher_cache.folders import contents
@@ -198,8 +198,8 @@ def test_the_codecs_tables_suit_the_largest_shard_there_will_be(
     largest: int,
 ) -> None:
     told: list[int] = []
-    budget = calibration.tables_budget
-    monkeypatch.setattr(calibration, "tables_budget", lambda positions: told.append(positions) or budget(positions))
+    budget = tables_of_set.tables_budget
+    monkeypatch.setattr(tables_of_set, "tables_budget", lambda positions: told.append(positions) or budget(positions))
     recorded.fill(tmp_path, teacher, cache=dataclasses.replace(recorded.CACHE, records_per_shard=records_per_shard))
     (example, *_) = recorded.make_corpus(teacher).train
     assert told == [largest * len(example.response_ids)]
