@@ -13,7 +13,7 @@ from pipeline.sinks import listening
 from shards.contract import Selection
 from shards.export import FORMATS, export_parquet
 from shards.manifest import Manifest
-from shards.merge import copy_set, merge_sets
+from shards.merge import copy_set, leaked_prompts, merge_sets
 from shards.reselect import reselect_set
 from stages.events import Progress
 
@@ -37,7 +37,9 @@ def merge(places: Sequence[str], target: str) -> list[str]:
     sources = [standing_set(place) for place in places]
     with _told("merge") as progress, as_usage("merge sets of different corpora, each named once"):
         manifest = merge_sets(sources, new_set(target), progress=progress)
-    return [_made("merged", manifest, target)]
+    leaked = leaked_prompts(sources)
+    told = f"warning    prompts that validate in one of these sets and are trained on in another: {leaked:,}"
+    return [_made("merged", manifest, target), *([told] if leaked else [])]
 
 
 def copy(place: str, target: str) -> list[str]:

@@ -66,6 +66,31 @@ def merge_sets(
     return _make(storage, contract, list(_plan(sets)), files, progress)
 
 
+def leaked_prompts(sources: Sequence[Location], *, cache: ObjectCache | None = None) -> int:
+    """How many prompts that validate in one set are trained on in another, so that they would in a set of both.
+
+    One token is no prompt: it is where a text begins that has none.
+    """
+    sets = [ShardSet(source, cache=cache) for source in sources]
+    validating: dict[bytes, set[int]] = {}
+    for number, shards in enumerate(sets):
+        for prompt in _prompts(shards, train=False):
+            validating.setdefault(prompt, set()).add(number)
+    trained = ((number, prompt) for number, shards in enumerate(sets) for prompt in _prompts(shards, train=True))
+    return len({prompt for number, prompt in trained if validating.get(prompt, set()) - {number}})
+
+
+def _prompts(shards: ShardSet, *, train: bool) -> Iterator[bytes]:
+    """A digest of each prompt of the train split, or of the others."""
+    for info in shards.manifest.shards:
+        if (info.split == "train") == train:
+            shard = shards.open(info)
+            for prompt in map(shard.prompt, range(len(shard))):
+                if len(prompt) > 1:
+                    yield hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
+            shard.release_pages()
+
+
 def copy_set(
     source: Location, target: Location, *, progress: Progress | None = None, cache: ObjectCache | None = None
 ) -> Manifest:

@@ -139,6 +139,11 @@ class ShardReader:
         """Bytes of all cells of a row."""
         return sum(int(cells.sizes[row]) for cells in self._cells.values())
 
+    def prompt(self, row: int) -> Int32:
+        """The prompt of a row from 0, its payload not decoded. Raises Corrupt naming shard and row."""
+        with self._named(row):
+            return self._tokens("prompt_ids", row)
+
     def __getitem__(self, row: int) -> Record:
         """Decode one row. Raises Corrupt naming shard and row."""
         if not -len(self) <= row < len(self):

@@ -14,7 +14,7 @@ from shards.errors import ContractMismatch, Corrupt
 from shards.inspect import inspect
 from shards.learnt import with_tables
 from shards.manifest import Manifest, begin, publish_teacher_files, seal
-from shards.merge import merge_sets, merged_corpus
+from shards.merge import leaked_prompts, merge_sets, merged_corpus
 from shards.reader import ShardSet
 from shards.record import Record
 from shards.storage import LocalStorage
@@ -142,3 +142,27 @@ def test_merged_records_are_the_sources_own(
         for left, right in zip(merged.split(split), found, strict=True):
             same(left, right)
     assert inspect(tmp_path / "merged").checksum.intact
+
+
+def test_prompts_that_validate_in_one_set_and_are_trained_on_in_another_are_counted(
+    tmp_path: Path, contract: Contract, written: list[Record]
+) -> None:
+    """Another's answers to them, as they are here, do not hide them; within one set splits are as they were made."""
+    contract = dataclasses.replace(contract, attention=None)
+    old, new = tmp_path / "old", tmp_path / "new"
+
+    def answered(name: str, prompt_ids_P: np.ndarray) -> Record:
+        return dataclasses.replace(written[0], sample_id=name, prompt_ids_P=prompt_ids_P, attention=None)
+
+    none, own, shared, other = (np.array(ids, np.int32) for ids in ([1], [2, 3], [4, 5], [6, 7]))
+    make(
+        old,
+        contract,
+        {"train-0": [answered(f"{ids}", ids) for ids in (none, own, shared)], "dev-0": [answered("a", own)]},
+    )
+    make(
+        new,
+        contract,
+        {"dev-0": [answered(f"new {ids}", ids) for ids in (none, shared, other)], "train-0": [answered("b", other)]},
+    )
+    assert leaked_prompts([old, new]) == leaked_prompts([new, old]) == 1

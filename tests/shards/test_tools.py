@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,10 @@ from typer.testing import CliRunner, Result
 
 import cli
 from pipeline.errors import UsageError
-from shards.manifest import read_manifest
+from shards.contract import Contract
+from shards.manifest import begin, publish_teacher_files, read_manifest, seal
+from shards.record import Record
+from shards.writer import write_shard
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,17 @@ def test_merge_refuses_one_set_twice(run: Callable[..., Result], shards: Path, t
     assert isinstance(outcome.exception, UsageError)
     assert "is in" in str(outcome.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_merge_tells_of_prompts_that_would_validate_what_is_trained_on(
+    run: Callable[..., Result], shards: Path, tmp_path: Path, contract: Contract, written: list[Record]
+) -> None:
+    other, train = tmp_path / "other", dataclasses.replace(written[0], sample_id="again")
+    begin(other, contract)
+    publish_teacher_files(other, {"tokenizer.json": (shards / "teacher" / "tokenizer.json").read_bytes()})
+    seal(other, contract, [write_shard(other, "dev-0", "dev", contract, [train])])
+    told = run("merge", shards, other, tmp_path / "out").output
+    assert "warning    prompts that validate in one of these sets and are trained on in another: 1" in told
 
 
 def test_estimate_tells_bytes_hours_and_cost(
