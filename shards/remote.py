@@ -68,6 +68,8 @@ class RemoteStorage:
             try:
                 with self._files.open_output_stream(self._path(name)) as stream:
                     stream.write(data)
+            except FileNotFoundError as error:
+                raise OSError(f"there is no such bucket: {error}") from error
             except BaseException:
                 self._remove_torso(name, len(data))
                 raise
