@@ -66,12 +66,12 @@ def merge_sets(
     return _make(storage, contract, list(_plan(sets)), files, progress)
 
 
-def leaked_prompts(sources: Sequence[Location], *, cache: ObjectCache | None = None) -> int:
+def leaked_prompts(sources: Sequence[Location]) -> int:
     """How many prompts that validate in one set are trained on in another, so that they would in a set of both.
 
     One token is no prompt: it is where a text begins that has none.
     """
-    sets = [ShardSet(source, cache=cache) for source in sources]
+    sets = [ShardSet(source) for source in sources]
     validating: dict[bytes, set[int]] = {}
     for number, shards in enumerate(sets):
         for prompt in _prompts(shards, train=False):

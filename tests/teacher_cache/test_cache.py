@@ -22,8 +22,8 @@ from stages.corpus.sample import Sample
 from stages.errors import StageError
 from stages.events import Event, Note, Progress
 from stages.teacher_cache import cache as cache_module
-from stages.teacher_cache import tables_of_set
 from stages.teacher_cache import job as job_module
+from stages.teacher_cache import tables_of_set
 from stages.teacher_cache.measure import read_fidelity
 from tests.teacher_cache.folders import contents
 from tests.teacher_cache.killings import told
