@@ -161,9 +161,9 @@ def merge(
 ) -> None:
     """Make one shard set of several.
 
-    They may differ in their corpus and the tables of their codec only, and no sample may be in two of them. Prompts that
-    validate in one and are trained on in another are counted. No teacher is needed. Stopped and started again, it goes
-    on.
+    They may differ in their corpus and the tables of their codec only, and no sample may be in two of them. Prompts
+    that validate in one and are trained on in another are counted. No teacher is needed. Stopped and started again, it
+    goes on.
     """
     from pipeline.shard_tools import merge as merge_sets
 
