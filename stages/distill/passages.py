@@ -51,13 +51,16 @@ class Passage:
 
 
 def load_for_measuring(folder: Path) -> MiniCodformerForConditionalGeneration:
-    """A saved student in fp32, on a GPU where there is one."""
+    """A saved student in fp32, on a GPU where there is one; else it scans as in training on a CPU."""
+    from stages.distill.compiled_scan import compile_scans
     from stages.student.model import MiniCodformerForConditionalGeneration
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student: MiniCodformerForConditionalGeneration
     student = MiniCodformerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     student.eval().to(device)
+    if device.type == "cpu":
+        compile_scans(student)
     return student
 
 
