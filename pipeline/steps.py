@@ -22,9 +22,9 @@ from pipeline.sinks import listening
 from stages.events import silent
 
 if TYPE_CHECKING:
+    from stages.checks import Check
     from stages.corpus.prepare import PrepareReport
     from stages.corpus.store import Corpus
-    from stages.teacher_cache.preflight import Check
 
 _MOST_DEVICES = 64
 """To one copy of the teacher."""
@@ -79,7 +79,7 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: s
                 spread=spread,
             )
         captured = manifest.totals()["positions"] - before
-        if captured or "teacher_cache" not in run.summary():
+        if captured or run.summary().get("teacher_cache", {}).get("where") != storage.where():
             seconds = round(time.monotonic() - start, 1)
             facts = {**manifest.totals(), "captured": captured, "seconds": seconds, "where": storage.where()}
             run.report("teacher_cache", {**facts, "fidelity": read_fidelity(storage)})

@@ -10,10 +10,9 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pipeline.doctor import Row
     from pipeline.recipe import Recipe
     from pipeline.run import RunFolder
-    from stages.teacher_cache.preflight import Check
+    from stages.checks import Check
 
 
 def _recipe_names() -> list[str]:
@@ -92,7 +91,7 @@ def finished_run(name: str | None) -> RunFolder:
     return runs.finished_run(name)
 
 
-def print_checks(checks: Iterable[Check | Row]) -> None:
+def print_checks(checks: Iterable[Check]) -> None:
     """One line a fact; the exit code says whether all are ok."""
     healthy = True
     for check in checks:

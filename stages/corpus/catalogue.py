@@ -55,6 +55,12 @@ class Catalogue:
         return conversation
 
 
+def require_source(source: Path) -> None:
+    """Raise StageError where there is no file of rows."""
+    if not source.is_file():
+        raise StageError(f"no file {source}", hint="name a JSONL file of rows with --data (DATA=…)")
+
+
 def catalogue(
     source: Path,
     *,

@@ -16,25 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.corpus.catalogue import Catalogue, catalogue
+from stages.corpus.catalogue import Catalogue, catalogue, require_source
 from stages.corpus.fingerprint import sha256_of, tokenizer_fingerprint
-from stages.corpus.publish import exclusive, publish_set
+from stages.corpus.publish import exclusive
 from stages.corpus.sample import Sample
 from stages.corpus.settings import CorpusSettings
 from stages.corpus.split import divide, rank
 from stages.corpus.store import (
-    COMMIT,
     REJECTS,
     SPLITS,
     VERSION,
+    Rendering,
     Samples,
     Written,
-    corpus_fingerprint,
+    commit_corpus,
     find_damage,
     read_commit,
-    samples_file,
-    write_commit,
     write_samples,
+    write_split,
 )
 from stages.errors import StageError
 from stages.events import Emit, Note, Progress
@@ -79,8 +78,7 @@ class Tally:
 
 def prepare(*, settings: CorpusSettings, source: Path, tokenizer_folder: Path, out: Path, emit: Emit) -> PrepareReport:
     """Make `out` the prepared data of `source`. Raises StageError where there is nothing to learn from, or no room."""
-    if not source.is_file():
-        raise StageError(f"no file {source}", hint="name a JSONL file as corpus.source")
+    require_source(source)
     try:
         with exclusive(out, waiting=lambda: _note(emit, f"another process prepares {out}: waiting for it")) as staging:
             inputs = _inputs(settings, tokenizer_folder)
@@ -135,7 +133,7 @@ def _make(
         source,
         settings=settings,
         rejects=staging / REJECTS,
-        refuse=lambda row: "spells out a template token" if tokenizer.holds_structure(row) else None,
+        refuse=tokenizer.objection,
         emit=emit,
     )
     order = rank(found.sample_keys_S, found.prompt_keys_S, seed=settings.seed)
@@ -147,7 +145,7 @@ def _make(
     written = _write_splits(spool, found, settings, tally, staging)
 
     kept = sum(split.rows for split in written.values())
-    tally.dropped["surplus"] = found.rows - found.rejected - kept - tally.dropped.total()
+    tally.dropped["beyond train_size and val_size"] = found.rows - found.rejected - kept - tally.dropped.total()
     report = PrepareReport(
         rows=found.rows,
         train=written["train"].rows,
@@ -160,24 +158,19 @@ def _make(
     )
     _require_both(report, source)
     _tell(report, settings, tally, emit)
-    names = [str(samples_file(Path(), split)) for split in SPLITS]
-    write_commit(
+    commit_corpus(
         staging,
-        {
-            "version": VERSION,
-            "fingerprint": corpus_fingerprint(
-                written, tokenizer.fingerprint, tokenizer.start_token_id, tokenizer.end_token_id
-            ),
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "start_token_id": tokenizer.start_token_id,
-            "end_token_id": tokenizer.end_token_id,
-            "thinking": settings.thinking,
-            "inputs": {**inputs, "source_sha256": found.source_sha256},
-            "files": {name: sha256_of(staging / name) for name in names},
-            "report": {name: value for name, value in dataclasses.asdict(report).items() if name != "reused"},
-        },
+        out,
+        written,
+        rendering=Rendering(
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            start_token_id=tokenizer.start_token_id,
+            end_token_id=tokenizer.end_token_id,
+            thinking=settings.thinking,
+        ),
+        inputs={**inputs, "source_sha256": found.source_sha256},
+        report={name: value for name, value in dataclasses.asdict(report).items() if name != "reused"},
     )
-    publish_set(staging, out, names, commit=COMMIT)
     return report
 
 
@@ -229,12 +222,10 @@ def _write_splits(
         train_size=settings.train_size,
         val_size=settings.val_size,
     )
-    written = {}
-    for name, indices in zip(SPLITS, (split.train, split.dev), strict=True):
-        path = samples_file(staging, name)
-        path.parent.mkdir()
-        written[name] = write_samples(path, (samples[index] for index in indices.tolist()))
-    return written
+    return {
+        name: write_split(staging, name, (samples[index] for index in indices.tolist()))
+        for name, indices in zip(SPLITS, (split.train, split.dev), strict=True)
+    }
 
 
 def _require_both(report: PrepareReport, source: Path) -> None:

@@ -11,6 +11,7 @@ when a corpus is opened.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -26,6 +27,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.corpus.fingerprint import sha256_of
+from stages.corpus.publish import publish_set
 from stages.corpus.sample import Sample
 from stages.errors import StageError
 
@@ -51,15 +53,6 @@ class Written:
     prompt_tokens: int
     response_tokens: int
     digest: str
-
-
-def corpus_fingerprint(
-    written: Mapping[str, Written], tokenizer_fingerprint: str, start_token_id: int, end_token_id: int
-) -> str:
-    """sha256 over every sample of both splits in order, and what gives their ids a meaning."""
-    parts = [written[split].digest for split in SPLITS]
-    parts += [tokenizer_fingerprint, str(start_token_id), str(end_token_id)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 class Samples(Sequence[Sample]):
@@ -99,20 +92,34 @@ class Samples(Sequence[Sample]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Corpus:
+class Rendering:
+    """How conversations became ids."""
+
+    tokenizer_fingerprint: str
+    start_token_id: int
+    end_token_id: int
+    thinking: bool
+    """Whether prompts and responses were rendered with the template's thinking form."""
+
+
+_RENDERING = tuple(item.name for item in dataclasses.fields(Rendering))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus(Rendering):
     """Prepared data, as stage one takes it."""
 
     train: Sequence[Sample]
     dev: Sequence[Sample]
     fingerprint: str
     """sha256 over every sample of both splits in order, the tokenizer's fingerprint and the special ids."""
-    tokenizer_fingerprint: str
-    start_token_id: int
-    end_token_id: int
-    thinking: bool
-    """Whether prompts and responses were rendered with the template's thinking form."""
     report: Mapping[str, Any]
     """What became of the rows of the source, as `PrepareReport` counts them."""
+
+    @property
+    def splits(self) -> Mapping[str, Sequence[Sample]]:
+        """Its samples by the names in `SPLITS`, in that order."""
+        return dict(zip(SPLITS, (self.train, self.dev), strict=True))
 
 
 def read_corpus(folder: Path) -> Corpus:
@@ -138,12 +145,42 @@ def read_corpus(folder: Path) -> Corpus:
         train=train,
         dev=dev,
         fingerprint=facts["fingerprint"],
-        tokenizer_fingerprint=facts["tokenizer_fingerprint"],
-        start_token_id=facts["start_token_id"],
-        end_token_id=facts["end_token_id"],
-        thinking=facts["thinking"],
         report=facts["report"],
+        **{name: facts[name] for name in _RENDERING},
     )
+
+
+def commit_corpus(
+    staging: Path,
+    out: Path,
+    written: Mapping[str, Written],
+    *,
+    rendering: Rendering,
+    inputs: Mapping[str, Any],
+    report: Mapping[str, Any],
+) -> None:
+    """Make the splits that `write_split` wrote into `staging` the corpus in `out`, with all that is told of it.
+
+    `inputs` is what decides the outcome: who finds the same there need not make it again.
+    """
+    names = [str(samples_file(Path(), split)) for split in SPLITS]
+    facts = {
+        "version": VERSION,
+        "fingerprint": _fingerprint(written, rendering),
+        **{name: getattr(rendering, name) for name in _RENDERING},
+        "inputs": dict(inputs),
+        "files": {name: sha256_of(staging / name) for name in names},
+        "report": dict(report),
+    }
+    write_commit(staging, facts)
+    publish_set(staging, out, names, commit=COMMIT)
+
+
+def _fingerprint(written: Mapping[str, Written], rendering: Rendering) -> str:
+    """sha256 over every sample of both splits in order, and what gives their ids a meaning."""
+    parts = [written[split].digest for split in SPLITS]
+    parts += [rendering.tokenizer_fingerprint, str(rendering.start_token_id), str(rendering.end_token_id)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def write_commit(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -180,6 +217,13 @@ def find_damage(folder: Path, facts: Mapping[str, Any]) -> str | None:
         if sha256_of(path) != sha256:
             return f"{name} is damaged: its sha256 is not the one in {COMMIT}"
     return None
+
+
+def write_split(folder: Path, split: str, samples: Iterable[Sample]) -> Written:
+    """Write one split of a corpus that is made in `folder`."""
+    path = samples_file(folder, split)
+    path.parent.mkdir()
+    return write_samples(path, samples)
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> Written:

@@ -68,9 +68,10 @@ class ChatTokenizer:
                 hint="fetch the folder again; a tokenizer that needs its own code is not supported",
             ) from error
 
-    def holds_structure(self, conversation: Conversation) -> bool:
-        """Whether a text spells out a token that the template uses to separate turns, and would be read as one."""
-        return any(self._structure.search(text) for text in conversation.texts())
+    def objection(self, conversation: Conversation) -> str | None:
+        """Why a text would not be read as text: it spells out a token that the template uses to separate turns."""
+        spelt = any(self._structure.search(text) for text in conversation.texts())
+        return "spells out a template token" if spelt else None
 
     def encode(self, conversations: Sequence[Conversation]) -> list[tuple[Ids, Ids] | RefusedByTemplate]:
         """(prompt ids [P], response ids [R]) of each conversation, or why the template refuses it."""

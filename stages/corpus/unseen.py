@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from stages.corpus.catalogue import catalogue
+from stages.corpus.catalogue import catalogue, require_source
 from stages.corpus.prepare import Tally, tell_left_out, tokenise
 from stages.corpus.sample import Sample
 from stages.corpus.settings import CorpusSettings
@@ -21,16 +21,9 @@ def read_unseen(
 
     Raises StageError where there is no file, or no usable row in it.
     """
-    if not source.is_file():
-        raise StageError(f"no file {source}", hint="name a JSONL file of rows as `prepare` takes them")
+    require_source(source)
     tokenizer = ChatTokenizer.load(tokenizer_folder, thinking=settings.thinking)
-    found = catalogue(
-        source,
-        settings=settings,
-        rejects=rejects,
-        refuse=lambda row: "spells out a template token" if tokenizer.holds_structure(row) else None,
-        emit=emit,
-    )
+    found = catalogue(source, settings=settings, rejects=rejects, refuse=tokenizer.objection, emit=emit)
     rows = len(found.offsets_S)
     tally = Tally(dropped=found.dropped)
     everything = dataclasses.replace(settings, train_size=max(rows, 1))

@@ -76,7 +76,7 @@ def fill_cache(
         if is_sealed(storage):
             return read_manifest(storage)
         job = Job(corpus=corpus, storage=storage, contract=contract, tables=tables, replicas=replicas, emit=emit)
-        shards = job.run(plan_units({"train": len(corpus.train), "dev": len(corpus.dev)}, cache.records_per_shard))
+        shards = job.run(plan_units(corpus.splits, cache.records_per_shard))
         fidelity = measured_fidelity(storage, contract, tables, shards, replicas, emit)
     with _alone(storage):
         files = teacher_files(teacher_folder, storage, pca_width=cache.pca_width, thinking=corpus.thinking)

@@ -36,12 +36,12 @@ from shards.units import ShardInfo, describe, published_units
 from shards.validation import require_valid
 from shards.writer import write_shard
 from stages.corpus.fingerprint import sha256_of
+from stages.corpus.store import SPLITS
 from stages.corpus.tokenizer import ChatTokenizer
 from stages.errors import StageError
 from stages.teacher_cache.distillkit import COLUMNS, CONFIG_FILE, Row, read_layout, read_row
 from stages.teacher_cache.teacher import head_tensor, read_facts, teacher_files, weights_fingerprint
 
-SPLITS = ("train", "dev")
 RECORDS_PER_SHARD = 512
 ENGINE, DISTILLKIT_ENGINE = "vllm prompt_logprobs dump", "distillkit parquet"
 _ONE_IN = 50

@@ -171,7 +171,7 @@ class Job:
         return [i for i in range(unit.start, unit.stop) if not rejected or split[i].sample_id not in rejected]
 
     def _split(self, unit: Unit) -> Sequence[Sample]:
-        return self.corpus.train if unit.split == "train" else self.corpus.dev
+        return self.corpus.splits[unit.split]
 
     def _tokens(self, unit: Unit, indices: Iterable[int]) -> int:
         split = self._split(unit)

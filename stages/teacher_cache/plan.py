@@ -5,7 +5,7 @@ Pure: the plan depends on the sizes of the splits and of a unit, never on who wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from stages.corpus.sample import Sample
@@ -25,15 +25,15 @@ class Unit:
         return samples[self.start : self.stop]
 
 
-def plan_units(sizes: dict[str, int], records_per_shard: int) -> list[Unit]:
+def plan_units(splits: Mapping[str, Sized], records_per_shard: int) -> list[Unit]:
     """The units of each split in turn: train-00000, train-00001, ..., each full but the last of its split."""
     return [
         Unit(
             name=f"{split}-{index:05d}",
             split=split,
             start=start,
-            stop=min(start + records_per_shard, size),
+            stop=min(start + records_per_shard, len(samples)),
         )
-        for split, size in sizes.items()
-        for index, start in enumerate(range(0, size, records_per_shard))
+        for split, samples in splits.items()
+        for index, start in enumerate(range(0, len(samples), records_per_shard))
     ]

@@ -17,6 +17,7 @@ from shards.contract import AttentionSpec, Selection
 from shards.schema import MAX_ENTRIES
 from shards.storage import LocalStorage, Location, Storage, storage_at
 from shards.units import published_units
+from stages.checks import Check
 from stages.corpus.fingerprint import tokenizer_fingerprint
 from stages.corpus.store import Corpus
 from stages.errors import StageError
@@ -32,15 +33,6 @@ _LOGITS_BYTES = 1 << 28
 _ENTRY_BYTES, _POSITION_BYTES, _KEY_BYTES, _ROW_BYTES, _TOKEN_BYTES = 1.6, 8.0, 1.7, 6.0, 4.0
 """What shards take, about: a kept id, a position, an attention key, an attention row, a token of text."""
 _DISK_MARGIN = 1.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """A fact of the plan; where it is not ok it says what to do."""
-
-    name: str
-    ok: bool
-    fact: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +85,7 @@ def preflight(
     devices: Devices,
 ) -> Iterator[Check]:
     """The plan and its needs, one row each."""
-    units = plan_units({"train": len(corpus.train), "dev": len(corpus.dev)}, cache.records_per_shard)
+    units = plan_units(corpus.splits, cache.records_per_shard)
     storage = storage_at(target)
     there = published_units(storage)
     published = [unit for unit in units if unit.name in there]
@@ -114,7 +106,7 @@ def preflight(
 def _extent(corpus: Corpus) -> _Extent:
     prompts = responses = longest = longest_response = 0
     largest = max(corpus.start_token_id, corpus.end_token_id)
-    for samples in (corpus.train, corpus.dev):
+    for samples in corpus.splits.values():
         for sample in samples:
             prompt, response = len(sample.prompt_ids), len(sample.response_ids)
             prompts, responses, longest = prompts + prompt, responses + response, max(longest, prompt + response - 1)

@@ -21,22 +21,9 @@ from typing import Protocol
 import numpy as np
 
 from shards.durable import publish
-from stages.corpus.fingerprint import sha256_of
-from stages.corpus.publish import exclusive, publish_set
+from stages.corpus.publish import exclusive
 from stages.corpus.sample import Sample
-from stages.corpus.store import (
-    COMMIT,
-    SPLITS,
-    VERSION,
-    Corpus,
-    Samples,
-    corpus_fingerprint,
-    read_commit,
-    read_corpus,
-    samples_file,
-    write_commit,
-    write_samples,
-)
+from stages.corpus.store import Corpus, Samples, commit_corpus, read_commit, read_corpus, write_samples, write_split
 from stages.errors import StageError
 from stages.events import Emit, Note, Progress
 from stages.teacher_cache.draws import draw_key
@@ -76,26 +63,9 @@ def respond(
         return read_corpus(out)
     with exclusive(out, waiting=lambda: emit(Note(stage=STAGE, text=f"another process writes {out}"))) as staging:
         job = _Job(corpus=corpus, settings=settings, author=author, folder=out / _parts_folder(inputs), emit=emit)
-        splits = job.run()
-        written = {name: write_samples(_made(staging, name), samples) for name, samples in splits.items()}
-        names = [str(samples_file(Path(), split)) for split in SPLITS]
-        write_commit(
-            staging,
-            {
-                "version": VERSION,
-                "fingerprint": corpus_fingerprint(
-                    written, corpus.tokenizer_fingerprint, corpus.start_token_id, corpus.end_token_id
-                ),
-                "tokenizer_fingerprint": corpus.tokenizer_fingerprint,
-                "start_token_id": corpus.start_token_id,
-                "end_token_id": corpus.end_token_id,
-                "thinking": corpus.thinking,
-                "inputs": inputs,
-                "files": {name: sha256_of(staging / name) for name in names},
-                "report": {**corpus.report, **{split: written[split].rows for split in SPLITS}},
-            },
-        )
-        publish_set(staging, out, names, commit=COMMIT)
+        written = {split: write_split(staging, split, samples) for split, samples in job.run().items()}
+        report = {**corpus.report, **{split: part.rows for split, part in written.items()}}
+        commit_corpus(staging, out, written, rendering=corpus, inputs=inputs, report=report)
         shutil.rmtree(job.folder)
     return read_corpus(out)
 
@@ -103,12 +73,6 @@ def respond(
 def _parts_folder(inputs: Mapping[str, object]) -> str:
     """Parts of one author and setting never mix with those of another."""
     return f"parts-{hashlib.sha256(repr(sorted(inputs.items())).encode()).hexdigest()[:16]}"
-
-
-def _made(staging: Path, split: str) -> Path:
-    path = samples_file(staging, split)
-    path.parent.mkdir()
-    return path
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,8 +85,8 @@ class _Job:
 
     def run(self) -> dict[str, Iterator[Sample]]:
         """Write what is missing; give out the samples of each split."""
-        prompts = {"train": self.corpus.train} if self.settings.student else dict(self._own())
-        units = plan_units({name: len(samples) for name, samples in prompts.items()}, _PROMPTS_PER_PART)
+        prompts = {"train": self.corpus.train} if self.settings.student else self.corpus.splits
+        units = plan_units(prompts, _PROMPTS_PER_PART)
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = [unit for unit in units if not self._is_whole(unit)]
         if missing:
@@ -135,10 +99,7 @@ class _Job:
             finally:
                 author.close()
             self.emit(Progress(stage=STAGE, done=len(units), total=len(units), unit="parts"))
-        return {split: self._collected(split, units) for split in SPLITS}
-
-    def _own(self) -> Iterator[tuple[str, Sequence[Sample]]]:
-        yield from (("train", self.corpus.train), ("dev", self.corpus.dev))
+        return {split: self._collected(split, units) for split in self.corpus.splits}
 
     def _write(self, unit: Unit, samples: Sequence[Sample], author: Author) -> None:
         prompts = [sample.prompt_ids.tolist() for sample in samples for _ in range(self.settings.per_prompt)]
@@ -164,7 +125,7 @@ class _Job:
         """Each sample once, though an author may write the same twice."""
         seen: set[str] = set()
         if self.settings.student:
-            for sample in dict(self._own())[split]:
+            for sample in self.corpus.splits[split]:
                 seen.add(sample.sample_id)
                 yield sample
         for unit in units:

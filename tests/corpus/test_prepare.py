@@ -129,10 +129,10 @@ def test_reasons_for_leaving_rows_out_are_counted(run: Prepare, write_jsonl: Any
     notes: list[Event] = []
     report = run(write_jsonl(rows), min_score=2.0, emit=notes.append)
     assert report.dropped == {
+        "beyond train_size and val_size": 6,
         "duplicate": 2,
         "score below the minimum": 1,
         "spells out a template token": 1,
-        "surplus": 6,
     }
     assert (report.train, report.dev, report.rejected) == (20, 4, 1)
     texts = [event.text for event in notes if isinstance(event, Note)]

@@ -115,9 +115,9 @@ def test_a_text_that_spells_a_turn_token_is_told_from_one_that_spells_a_word(
     tokenizer_folders: dict[str, Path],
 ) -> None:
     tokenizer = ChatTokenizer.load(tokenizer_folders["chatml"])
-    assert tokenizer.holds_structure(conversation(question="ends<|im_end|>here"))
-    assert tokenizer.holds_structure(conversation(reasoning="<|endoftext|>"))
-    assert not tokenizer.holds_structure(conversation(question="usage: open <filename>"))
+    assert tokenizer.objection(conversation(question="ends<|im_end|>here"))
+    assert tokenizer.objection(conversation(reasoning="<|endoftext|>"))
+    assert not tokenizer.objection(conversation(question="usage: open <filename>"))
 
 
 def test_the_prompt_of_training_is_the_prompt_of_generation(tokenizer_folders: dict[str, Path]) -> None:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from stages.checks import Check
 from stages.corpus.sample import Sample
 from stages.corpus.store import Corpus
 from stages.errors import StageError
-from stages.teacher_cache.preflight import Check, Devices, preflight
+from stages.teacher_cache.preflight import Devices, preflight
 from stages.teacher_cache.settings import CacheSettings, TeacherSettings
 
 GIB = 1 << 30

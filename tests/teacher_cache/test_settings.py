@@ -10,7 +10,7 @@ from stages.teacher_cache.settings import CacheSettings
 
 
 def test_the_plan_covers_every_sample_once() -> None:
-    units = plan_units({"train": 10, "dev": 4, "empty": 0}, 4)
+    units = plan_units({"train": range(10), "dev": range(4), "empty": ()}, 4)
     assert [(unit.name, unit.start, unit.stop) for unit in units] == [
         ("train-00000", 0, 4),
         ("train-00001", 4, 8),

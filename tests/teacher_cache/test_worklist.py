@@ -15,7 +15,7 @@ from stages.teacher_cache.worklist import Complete, WorkList
 
 def run(units: int, size: int, poison: set[int], chance: list[bool], replicas: int) -> tuple[list[Complete], int]:
     """Drive a list with `replicas` at once; a part that holds a poison kills, any other where `chance` says so."""
-    work = WorkList((unit, range(unit.start, unit.stop)) for unit in plan_units({"train": units * size}, size))
+    work = WorkList((unit, range(unit.start, unit.stop)) for unit in plan_units({"train": range(units * size)}, size))
     done: list[Complete] = []
     out: list = []
     deaths, chance = 0, list(chance)
@@ -76,7 +76,7 @@ def test_many_poisons_do_not_end_a_run_that_captures_in_between() -> None:
 
 
 def test_an_abandoned_list_hands_out_nothing() -> None:
-    work = WorkList((unit, range(unit.start, unit.stop)) for unit in plan_units({"train": 4}, 2))
+    work = WorkList((unit, range(unit.start, unit.stop)) for unit in plan_units({"train": range(4)}, 2))
     work.take()
     work.abandon()
     assert work.take() is None
