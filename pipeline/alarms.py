@@ -105,12 +105,12 @@ def _rising(scene: Scene) -> Iterator[str]:
 
 
 def _coverage(scene: Scene) -> Iterator[str]:
-    told = {name: curve.newest for _, name, curve in _curves(scene) if "coverage" in name}
-    if scene.coverage is not None:
-        told["the newest shards"] = scene.coverage
-    for name, value in told.items():
-        if value < LOW_COVERAGE:
-            yield f"coverage is low: {name} at {value:.2f}; more kept ids (cache.k) keep more of the teacher"
+    """Of the shards, at temperature 1; what training tells of it is at the temperature of its loss."""
+    if scene.coverage is not None and scene.coverage < LOW_COVERAGE:
+        yield (
+            f"coverage is low: the newest shards at {scene.coverage:.2f}; "
+            "more kept ids (cache.k) keep more of the teacher"
+        )
 
 
 def _waiting(scene: Scene) -> Iterator[str]:

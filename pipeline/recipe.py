@@ -95,11 +95,12 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}", hint="correct the file; it must be TOML in UTF-8") from error
     name = raw.pop("name", path.stem)
-    _require_sections(raw, str(path))
+    sections = _build_sections(raw, str(path))
     for override in overrides:
         section, key, value = _parse_override(override)
         raw.setdefault(section, {})[key] = value
-    sections = {section: _build_section(section, values, str(path)) for section, values in raw.items()}
+    if overrides:  # the file is right by itself: what is wrong now was set
+        sections = _build_sections(raw, "--set")
     return Recipe(name=str(name), **sections)
 
 
@@ -113,6 +114,11 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
         return section, key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return section, key, value.strip()
+
+
+def _build_sections(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    _require_sections(raw, where)
+    return {section: _build_section(section, values, where) for section, values in raw.items()}
 
 
 def _require_sections(raw: Mapping[str, Any], where: str) -> None:
@@ -134,7 +140,7 @@ def _build_section(section: str, values: Mapping[str, Any], where: str) -> Any:
     try:
         return kind(**converted)
     except ValueError as error:
-        raise UsageError(f"{where}: {error}", hint=f"correct it in section [{section}]") from error
+        raise UsageError(f"{where}: {error}", hint=f"correct the value in [{section}]") from error
 
 
 def _is_unicode(text: str) -> bool:

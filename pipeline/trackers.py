@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import secrets
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
+from pipeline.run import write_atomically
 from pipeline.sinks import Sink
 from stages.events import Event, Metric, Note
 
@@ -30,7 +32,7 @@ def require_tracker(name: str) -> None:
     if name in ("trackio", "wandb") and importlib.util.find_spec(name) is None:
         raise UsageError(
             f"the tracker {name} is not installed",
-            hint=f"uv pip install {name} into .venv, or leave it at tensorboard, which is",
+            hint=f".venv/bin/python -m pip install {name}, or leave it at tensorboard, which is",
         )
 
 
@@ -70,11 +72,12 @@ class TensorBoard:
 
 
 class Service:
-    """wandb, or trackio, which has wandb's interface; the run keeps its name over every start."""
+    """wandb, or trackio, which has wandb's interface; a run that is started again goes on where it was."""
 
     def __init__(self, package: str, run: Path) -> None:
         self._package = importlib.import_module(package)
-        self._package.init(project="minicodformer", name=run.name, resume="allow")
+        known_by = {"id": _wandb_id(run)} if package == "wandb" else {}  # trackio knows a run by its name
+        self._package.init(project="minicodformer", name=run.name, resume="allow", **known_by)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Metric):
@@ -83,3 +86,11 @@ class Service:
 
     def close(self) -> None:
         self._package.finish()
+
+
+def _wandb_id(run: Path) -> str:
+    """The same for every start of a run, and another for a run of the same name elsewhere."""
+    path = run / "wandb-id"
+    if not path.is_file():
+        write_atomically(path, f"{run.name}-{secrets.token_hex(4)}")
+    return path.read_text(encoding="utf-8")

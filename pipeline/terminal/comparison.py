@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import shutil
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -12,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.compare import FULL_KL, summary, visible
+from pipeline.terminal.capture import as_text
 from stages.distill.compare import ComparedToken, Likely
 
 _WORST = 12
@@ -20,16 +18,16 @@ _COLD, _WARM = (0x30, 0x3A, 0x38), (0xC0, 0x50, 0x10)
 
 def rendered(title: str, prompt: str, compared: Sequence[ComparedToken]) -> str:
     """The comparison as text, with colours only on a terminal."""
-    width = shutil.get_terminal_size((110, 40)).columns
-    console = Console(file=io.StringIO(), width=width, force_terminal=sys.stdout.isatty(), no_color=None)
-    with console.capture() as text:
+
+    def draw(console: Console) -> None:
         console.print(Text(title, style="bold"))
         console.print(Text(summary(compared)))
         console.print(Text(f"\n{prompt.strip()}\n", style="dim"))
         console.print(Text.assemble(*((token.label, f"white on {_colour(token.kl)}") for token in compared)))
         console.print()
         console.print(_table(compared))
-    return "\n".join(line.rstrip() for line in text.get().splitlines())
+
+    return as_text(draw)
 
 
 def _colour(kl: float) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -19,7 +16,8 @@ from rich.text import Text
 
 from pipeline import figures
 from pipeline.load import Load
-from pipeline.monitor import CurveView, RunView, SampleView, StageView
+from pipeline.monitor import AnswerView, CurveView, RunView, StageView
+from pipeline.terminal.capture import as_text
 
 _STATES = {"running": "bold green", "finished": "green", "stopped": "yellow", "failed": "bold red"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -48,11 +46,7 @@ def live(look: Callable[[], RunView], *, every: float) -> None:
 
 def rendered(view: RunView) -> str:
     """The view as text, with colours only on a terminal."""
-    width = shutil.get_terminal_size((110, 40)).columns
-    console = Console(file=io.StringIO(), width=width, force_terminal=sys.stdout.isatty(), no_color=None)
-    with console.capture() as text:
-        console.print(dashboard(view, width))
-    return "\n".join(line.rstrip() for line in text.get().splitlines())
+    return as_text(lambda console: console.print(dashboard(view, console.width)))
 
 
 def dashboard(view: RunView, width: int, height: int | None = None) -> RenderableType:
@@ -177,7 +171,7 @@ def _notes(view: RunView) -> Group:
     )
 
 
-def _samples(samples: Sequence[SampleView]) -> Panel:
+def _samples(samples: Sequence[AnswerView]) -> Panel:
     table = Table.grid(padding=(0, 2))
     for sample in samples:
         table.add_row(Text("prompt", style="dim"), Text(_tail(sample.prompt)))

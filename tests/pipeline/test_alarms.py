@@ -74,7 +74,6 @@ def test_a_healthy_run_rings_nothing() -> None:
         (metrics("kl", [1.0] * 20 + [1.2] * 20), {}, "KL rises: mean 1.200 over 20 steps, 1.000"),
         (metrics("loss", [1.0, float("nan")]), {}, "loss is nan at step 1"),
         (metrics("data_wait", [0.5] * 20), {}, "50% of a step is spent waiting for data"),
-        (metrics("kept_coverage", [0.9, 0.4]), {}, "coverage is low: kept_coverage at 0.40"),
         ([], {"coverage": 0.5}, "coverage is low: the newest shards at 0.50"),
         ([(0.0, Note(stage="s", text="no attention", level="warning"))], {}, "s: no attention"),
         ([], {"load": dataclasses.replace(LOAD, memory_used=98 * 10**8)}, "memory is nearly full: 200.0 MB left"),

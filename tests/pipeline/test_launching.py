@@ -326,21 +326,25 @@ def test_another_tracker_is_spoken_to_in_its_own_words(monkeypatch: pytest.Monke
     )
     monkeypatch.setitem(sys.modules, "wandb", service)
     require_tracker("wandb")
-    (sink,) = sinks("wandb", tmp_path / "runs" / "mine")
-    sink(Metric(stage="distill", step=3, values={"kl": 0.5}))
-    sink.close()
-    assert said == [
-        {"project": "minicodformer", "name": "mine", "resume": "allow"},
-        ({"distill/kl": 0.5}, 3),
-        "finished",
-    ]
+    for _ in range(2):
+        (sink,) = sinks("wandb", tmp_path / "runs" / "mine")
+        sink(Metric(stage="distill", step=3, values={"kl": 0.5}))
+        sink.close()
+    began = {"project": "minicodformer", "name": "mine", "resume": "allow", "id": said[0]["id"]}
+    assert said == [began, ({"distill/kl": 0.5}, 3), "finished"] * 2, "wandb resumes by the id alone"
+    sinks("wandb", tmp_path / "elsewhere" / "mine")
+    assert said[-1]["id"] != began["id"]
+    monkeypatch.setitem(sys.modules, "trackio", service)
+    sinks("trackio", tmp_path / "runs" / "mine")
+    assert said[-1] == {"project": "minicodformer", "name": "mine", "resume": "allow"}
 
 
 def test_a_tracker_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delitem(sys.modules, "trackio", raising=False)
     monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(UsageError, match="the tracker trackio is not installed"):
+    with pytest.raises(UsageError, match="the tracker trackio is not installed") as refused:
         require_tracker("trackio")
+    assert ".venv/bin/python -m pip install trackio" in refused.value.hint
     with pytest.raises(UsageError, match="no tracker 'excel'"):
         require_tracker("excel")
     assert sinks("none", tmp_path) == ()

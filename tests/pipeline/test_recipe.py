@@ -85,6 +85,26 @@ def test_what_is_no_section_is_refused_also_where_a_key_of_it_is_set(text: str, 
         load(str(tmp_path / "mine.toml"), ["corpus.source=rows.jsonl"])
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "distill.epochs=0",
+        "distill.epoch=5",
+        "distill.epochs=many",
+        "teacher.tensor_parallel=0",
+        'respond.by="nonsense"',
+    ],
+)
+def test_what_was_set_wrong_is_not_laid_on_the_file(override: str, tmp_path: Path) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(UsageError, match=f"^--set: .*{key}") as caught:
+        load("smollm2-demo", [override])
+    assert "smollm2-demo" not in caught.value.hint
+    (tmp_path / "mine.toml").write_text("[distill]\nepochs = 0")
+    with pytest.raises(UsageError, match=r"mine\.toml: distill.epochs"):
+        load(str(tmp_path / "mine.toml"), [override])
+
+
 def test_unknown_keys_get_the_nearest_known_one() -> None:
     with pytest.raises(UsageError) as caught:
         load("smollm2-demo", ["distill.lerning_rate=1.0"])
