@@ -13,7 +13,7 @@ CACHE_SCREEN = $(or $(NAME),minicodformer_cache)
 .PHONY: help
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: RECIPE=smollm2-demo|qwen3-8b|file.toml  NAME=run  DATA=rows.jsonl  GPUS=n  TP=n  RESPOND=teacher|student=path  SHARDS=folder|s3://…|gs://…  HOSTS=hostfile  TRACK=wandb  SET='a.b=c d.e=f'  OUT=folder"
+	@echo "Variables: RECIPE=smollm2-demo|qwen3-8b|file.toml  NAME=run  DATA=rows.jsonl  GPUS=n  TP=n  RESPOND=teacher|student=path  SHARDS=folder|s3://…|gs://…  HOSTS=hostfile  TRACK=tensorboard|none, or wandb|trackio once installed  SET='a.b=c d.e=f'  OUT=folder"
 
 .PHONY: setup
 setup: ## everything this machine needs, into .venv (once; CPU or CUDA by what the machine has)

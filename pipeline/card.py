@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.run import RunFolder, write_atomically
-from shards.units import file_sha256
+from pipeline.measured import summary_of_this_model
+from pipeline.run import ELSEWHERE, RunFolder, write_atomically
+from stages.corpus.chat import read_thinking
 
 CARD = "README.md"
 ABSENT = "not known"
@@ -35,7 +36,9 @@ folder = "path/of/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
 messages = [{"role": "user", "content": "How many eggs are in three dozen?"}]
-prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+prompt = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, enable_thinking=THINKING, return_dict=True, return_tensors="pt"
+)
 print(tokenizer.decode(model.generate(prompt["input_ids"], max_new_tokens=128)[0], skip_special_tokens=True))
 ```"""
 
@@ -52,7 +55,7 @@ def model_card(run: RunFolder) -> str:
     run.require_model()
     training = _json(run.final_model / "training.json")
     config = _json(run.final_model / "config.json")
-    summary = _summary_of_this_model(run)
+    summary = summary_of_this_model(run)
     parts = [
         _FRONT_MATTER.splitlines(),
         [f"# {run.path.name}"],
@@ -62,7 +65,7 @@ def model_card(run: RunFolder) -> str:
         ],
         ["## Use", "", *_use(run.final_model)],
         ["## Model", "", *table(_model(config, run.final_model))],
-        ["## Teacher and data", "", *table(_teacher(training.get("identity", {}), summary))],
+        ["## Teacher and data", "", *table(_teacher(training))],
         ["## Training", "", *table(_training(training, summary))],
         ["## Evaluation", "", *_evaluation(summary, training)],
         ["## Answers", "", *_answers(summary)],
@@ -96,16 +99,6 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _summary_of_this_model(run: RunFolder) -> dict[str, Any]:
-    """What the run reported, without an evaluation of other weights than those that lie there now."""
-    summary = run.summary()
-    measured = summary.get("evaluate", {}).get("made_from", {}).get("model_sha256")
-    weights = run.final_model / "model.safetensors"
-    if measured is not None and weights.is_file() and file_sha256(weights) != measured:
-        del summary["evaluate"]
-    return summary
-
-
 def _use(folder: Path) -> list[str]:
     lines = [
         "from stages.inference import Student  # of MiniCodformer",
@@ -113,9 +106,14 @@ def _use(folder: Path) -> list[str]:
         'student = Student.load("path/of/this/folder")',
         'print(student.generate("How many eggs are in three dozen?")[0].text)',
     ]
-    if "auto_map" not in _json(folder / "config.json"):
-        return ["```python", *lines, "```"]
-    return ["```python", *lines, "```", "", *_ELSEWHERE.splitlines()]
+    return ["```python", *lines, "```", *_use_elsewhere(folder)]
+
+
+def _use_elsewhere(folder: Path) -> Iterator[str]:
+    """For a model that brings its code, and a tokenizer whose template writes the prompts of its training."""
+    template = (folder / "chat_template.jinja").is_file() or "chat_template" in _json(folder / "tokenizer_config.json")
+    if template and "auto_map" in _json(folder / "config.json"):
+        yield from ("", *_ELSEWHERE.replace("THINKING", str(read_thinking(folder))).splitlines())
 
 
 def _model(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -149,8 +147,8 @@ def _parameters(folder: Path) -> int | None:
     return sum(int(parameter.numel()) for parameter in model.parameters())
 
 
-def _teacher(identity: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    cached = summary.get("teacher_cache", {})
+def _teacher(training: Mapping[str, Any]) -> dict[str, Any]:
+    identity, cached = training.get("identity", {}), training.get("result", {}).get("cached", {})
     fingerprint = identity.get("contract.teacher_fingerprint")
     corpus = identity.get("contract.corpus_fingerprint")
     return {
@@ -190,20 +188,17 @@ def _training(training: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[s
 
 
 def _evaluation(summary: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
-    before = (training.get("result") or {}).get("untrained") or {}
-    after = summary.get("evaluate", {}).get("validation") or (training.get("result") or {}).get("validation") or {}
+    result, evaluated = training.get("result", {}), summary.get("evaluate", {})
+    before = result.get("untrained") or {}
+    after = evaluated.get("validation") or result.get("validation")
     if not after:
         return ["Not measured: this run has no validation report."]
     lines = ["Against the teacher's cached distributions, on the validation split.", ""]
     lines += ["| | untrained | trained |", "|---|---|---|"]
     for name, value in after.items():
         lines.append(f"| {name.replace('_', ' ')} | {_cell(before.get(name))} | {_cell(value)} |")
-    return [
-        *lines,
-        "",
-        "`kl` is KL(teacher || student) in nats over the kept ids and one bucket for the rest: a lower bound of the",
-        "whole.",
-    ]
+    kl_is = evaluated.get("kl_is") or result.get("kl_is")
+    return [*lines, "", f"`kl` is KL(teacher || student) in nats{f' {kl_is}' if kl_is else ''}."]
 
 
 def _answers(summary: Mapping[str, Any]) -> list[str]:
@@ -225,9 +220,10 @@ def _quoted(text: str) -> list[str]:
 
 
 def _limits(summary: Mapping[str, Any]) -> list[str]:
-    measured = "validation" in summary.get("evaluate", {})
-    lines = ["- Measured on text of the training corpus's own kind only; on any other text nothing is known."]
-    lines += [] if measured else ["- `evaluate` has not been run on this model."]
+    others = ", ".join(summary[ELSEWHERE])
+    beside = f" and on other text ({others})" if others else " only"
+    lines = [f"- Measured on text of the training corpus's own kind{beside}; on any other text nothing is known."]
+    lines += [] if "validation" in summary.get("evaluate", {}) else ["- `evaluate` has not been run on this model."]
     return [*lines, "- Not tested for bias, safety or truth."]
 
 

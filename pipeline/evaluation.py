@@ -7,7 +7,6 @@ and has it answer prompts. Other text is either split of any set of the same tok
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from pipeline.assets import teacher_folder
 from pipeline.card import write_card
 from pipeline.errors import PipelineError
 from pipeline.matching import known_split, require_same_tokens, require_trained_on
+from pipeline.measured import model_sha256, summary_of_this_model
 from pipeline.report import write_report
 from pipeline.run import ELSEWHERE, RunFolder
 from pipeline.sinks import listening
@@ -42,6 +42,7 @@ def evaluate(run: RunFolder, *, shards: str | None, teacher: bool = False) -> Ma
     from shards.reader import ShardSet
     from stages.distill.evaluate import evaluate_model
     from stages.distill.identity import shards_sha256
+    from stages.distill.losses.table import what_kl_is
 
     silence_loading_bars()
     with run.lock("evaluate"), listening(run.events) as emit:
@@ -50,10 +51,10 @@ def evaluate(run: RunFolder, *, shards: str | None, teacher: bool = False) -> Ma
         require_trained_on(run, shard_set)
         _, dev_name = known_split(shard_set, "validation")
         made_from = {
-            "model_sha256": hashlib.sha256((run.final_model / "model.safetensors").read_bytes()).hexdigest(),
+            "model_sha256": model_sha256(run),
             "shards_sha256": shards_sha256(shard_set),
             "generation": dataclasses.asdict(run.recipe().generation),
-            "report": 3,  # what is measured; older reports lack some of it
+            "report": 4,  # what is measured; older reports lack some of it
         }
         standing = run.summary().get("evaluate", {})
         whole = standing.get("whole") if standing.get("made_from") == made_from else None
@@ -65,6 +66,7 @@ def evaluate(run: RunFolder, *, shards: str | None, teacher: bool = False) -> Ma
         seen = evaluate_model(run.final_model, shard_set, split="train", records=len(dev), emit=emit)
         facts = {
             "validation": report,
+            "kl_is": what_kl_is(shard_set.contract.selection),
             "whole": _beside_teacher(run, dev, shard_set.contract, emit) if teacher else whole,
             "training": dataclasses.asdict(seen),
             "positions_per_s": rate,
@@ -84,6 +86,7 @@ def evaluate_split(run: RunFolder, *, shards: str | None, split: str, teacher: b
     """
     from shards.reader import ShardSet
     from stages.distill.evaluate import evaluate_model
+    from stages.distill.losses.table import what_kl_is
 
     silence_loading_bars()
     with run.lock("evaluate"), listening(run.events) as emit:
@@ -94,6 +97,7 @@ def evaluate_split(run: RunFolder, *, shards: str | None, split: str, teacher: b
         report, rate = _timed(lambda: evaluate_model(run.final_model, shard_set, split=name, emit=emit))
         facts = {
             **report,
+            "kl_is": what_kl_is(shard_set.contract.selection),
             "whole": _beside_teacher(run, records, shard_set.contract, emit) if teacher else None,
             "positions_per_s": rate,
             **_answered(run, records, checkable=run.recipe().corpus.source == SOURCE),
@@ -133,8 +137,10 @@ def evaluate_rows(run: RunFolder, source: Path, *, teacher: bool = False) -> Map
 
 
 def _told(run: RunFolder, where: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Keep the last measures of each text, for the report."""
-    run.report(ELSEWHERE, {**run.summary().get(ELSEWHERE, {}), where: facts})
+    """Keep the last measures of this student on each text, for card and report."""
+    of_this_model = {**facts, "made_from": {"model_sha256": model_sha256(run)}}
+    run.report(ELSEWHERE, {**summary_of_this_model(run)[ELSEWHERE], where: of_this_model})
+    write_card(run)
     write_report(run)
     return {"where": where, **facts}
 

@@ -19,6 +19,7 @@ from pipeline.event_log import EventReader
 from pipeline.history import Curve, History, StageHistory
 from pipeline.json_output import json_text
 from pipeline.load import Load, LoadMeter
+from pipeline.measured import summary_of_this_model
 from pipeline.run import RunFolder
 from pipeline.runs import RunFacts, run_facts
 from pipeline.turn import read_turn
@@ -70,7 +71,7 @@ class NoteView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampleView:
+class AnswerView:
     """An answer to a validation prompt."""
 
     prompt: str
@@ -93,7 +94,7 @@ class RunView:
     """Mean kept probability mass of the newest shards."""
     load: Load
     notes: tuple[NoteView, ...]
-    samples: tuple[SampleView, ...]
+    samples: tuple[AnswerView, ...]
     """Of the newest evaluation; before one, of the newest validation within training."""
 
 
@@ -159,17 +160,17 @@ class Watcher:
         known = [(mass, count) for mass, count in newest if math.isfinite(mass)]  # a set without probabilities has none
         return sum(mass for mass, _ in known) / sum(count for _, count in known) if known else None
 
-    def _samples(self) -> tuple[SampleView, ...]:
+    def _samples(self) -> tuple[AnswerView, ...]:
         try:
-            told = self._run.summary()["evaluate"]["samples"][:_SAMPLES]
+            told = summary_of_this_model(self._run)["evaluate"]["samples"][:_SAMPLES]
             return tuple(
-                SampleView(**{name: str(sample[name]) for name in ("prompt", "answer", "label")}, step=None)
+                AnswerView(**{name: str(sample[name]) for name in ("prompt", "answer", "label")}, step=None)
                 for sample in told
             )
         except (OSError, ValueError, KeyError, TypeError):
             newest = [answers[-1][1] for answers in self._history.answers.values()]
             return tuple(
-                SampleView(prompt=event.prompt, answer=event.answer, label=event.label, step=event.step)
+                AnswerView(prompt=event.prompt, answer=event.answer, label=event.label, step=event.step)
                 for event in newest[:_SAMPLES]
             )
 

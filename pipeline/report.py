@@ -17,6 +17,7 @@ from typing import Any
 from pipeline import figures
 from pipeline.event_log import EventReader
 from pipeline.history import Curve, History
+from pipeline.measured import summary_of_this_model
 from pipeline.run import ELSEWHERE, RunFolder
 from stages.events import Answered
 
@@ -100,14 +101,14 @@ def write_report(run: RunFolder) -> Path:
 
 def render(run: RunFolder, history: History) -> str:
     """The page of a run whose log is `history`."""
-    summary = run.summary()
+    summary = summary_of_this_model(run)
     curves = {name: curve for stage in history.stages.values() for name, curve in stage.curves.items()}
     recipe = run.recipe_file.read_text(encoding="utf-8") if run.recipe_file.is_file() else ""
     body = [
         f"<h1>{_text(run.path.name)}</h1>",
         f'<p class="soft">{_text(_subtitle(summary))}</p>',
         f'<div class="tiles">{"".join(_tiles(summary))}</div>',
-        *_elsewhere(summary.get(ELSEWHERE, {})),
+        *_elsewhere(summary[ELSEWHERE]),
         *_charts(curves),
         *_samples(summary.get("evaluate", {}).get("samples", ())),
         *_samples_over_time(history.answers.values()),
@@ -133,7 +134,8 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
 
 
 def _tiles(summary: Mapping[str, Any]) -> Iterable[str]:
-    cached, distilled = summary.get("teacher_cache"), summary.get("distill") or {}
+    distilled = summary.get("distill") or {}
+    cached = distilled.get("cached") if distilled else summary.get("teacher_cache")
     before = distilled.get("untrained")
     after = distilled.get("validation") or summary.get("evaluate", {}).get("validation")
     if after:

@@ -28,14 +28,14 @@ def prepare_lines(report: PrepareReport) -> list[str]:
     return lines
 
 
-def cache_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
+def cache_lines(facts: Mapping[str, Any]) -> list[str]:
     return [
         f"shards     {facts['shards']} files, {facts['records']:,} records, {facts['positions']:,} positions, "
         f"{facts['bytes'] / 1e6:.1f} MB: {facts['bytes'] / facts['positions']:.1f} bytes a position in all",
         f"stage one  {facts['captured']:,} positions in {facts['seconds']:.0f} s: "
         f"{facts['captured'] / max(facts['seconds'], 0.1):,.0f} response tokens/s, loading the teacher included",
         *_fidelity_lines(facts.get("fidelity") or {}),
-        f"           {run.shards}",
+        f"           {facts['where']}",
     ]
 
 
@@ -50,7 +50,7 @@ def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
     shares = {name.removeprefix(share): value for name, value in fidelity.items() if name.startswith(share)}
     if shares:
         told = ", ".join(f"{value:.0%} at {at}" for at, value in shares.items())
-        lines.append(f"           of the KL at a temperature the kept ids show {told}")
+        lines.append(f"           share of the KL at temperature T that the kept ids carry: {told}")
     return lines
 
 
@@ -65,9 +65,10 @@ def distill_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
     before, after = facts["untrained"], facts["validation"]
     if before and after:
         lines.append(
-            f"validation KL to the teacher {before['kl']:.3f} -> {after['kl']:.3f} nats (its kept ids and the rest), "
+            f"validation KL to the teacher {before['kl']:.3f} -> {after['kl']:.3f} nats, "
             f"top-1 agreement {before['top1_agreement']:.1%} -> {after['top1_agreement']:.1%}"
         )
+        lines.append(f"           KL {facts['kl_is']}")
     return [*lines, f"           {run.final_model}"]
 
 
@@ -75,7 +76,7 @@ def evaluation_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
     report, seen = facts["validation"], facts["training"]
     return [
         f"positions       {report['positions']:,} of the validation split",
-        *_cached_lines(report),
+        *_cached_lines(report, facts["kl_is"]),
         *_whole_lines(facts),
         *_text_lines(report),
         f"training split  KL {seen['kl']:.4f}, cross-entropy {seen['cross_entropy']:.4f}, "
@@ -88,16 +89,16 @@ def elsewhere_lines(facts: Mapping[str, Any], run: RunFolder) -> list[str]:
     """Of text beside the standing report; what needs a teacher's cache is there only where there was one."""
     return [
         f"positions       {facts['positions']:,}, {facts['where']}",
-        *(_cached_lines(facts) if "kl" in facts else _unread_lines(facts)),
+        *(_cached_lines(facts, facts["kl_is"]) if "kl" in facts else _unread_lines(facts)),
         *_whole_lines(facts),
         *_text_lines(facts),
         *_answer_lines(facts, run),
     ]
 
 
-def _cached_lines(report: Mapping[str, Any]) -> list[str]:
+def _cached_lines(report: Mapping[str, Any], kl_is: str) -> list[str]:
     return [
-        f"KL to teacher   {report['kl']:.4f} nats over its kept ids and one bucket for the rest (a lower bound)",
+        f"KL to teacher   {report['kl']:.4f} nats {kl_is}",
         f"agreement       top-1 {report['top1_agreement']:.1%}, top-5 {report['top5_agreement']:.1%}",
     ]
 
@@ -161,7 +162,7 @@ def demo_lines(run: RunFolder, seconds: float) -> list[str]:
     return [
         "",
         "the demo's summary",
-        *cache_lines(facts["teacher_cache"], run)[:-1],
+        *cache_lines(facts["teacher_cache"])[:-1],
         *distill_lines(facts["distill"], run)[:-1],
         *_sample_lines(facts["evaluate"]["samples"]),
         "",

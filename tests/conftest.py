@@ -51,11 +51,13 @@ def standing_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Shared, so only to be read: `finished_run` is a copy.
     """
+    from pipeline.measured import model_sha256
     from pipeline.recipe import load
     from pipeline.run import RunFolder
     from shards.reader import ShardSet
     from stages.distill.evaluate import evaluate_model
     from stages.distill.export import export_model
+    from stages.distill.losses.table import what_kl_is
     from stages.student.model import build_student
     from stages.student.shape import StudentShape
 
@@ -72,14 +74,16 @@ def standing_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     weights = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
     result = {"finished": True, "steps": 3, "positions": 96, "seconds": 1.5, "ranks": 1, "precision": "fp32"}
+    totals = shards.manifest.totals()
+    result |= {"cached": totals, "kl_is": what_kl_is(shards.contract.selection)}
     report = {"untrained": None, "validation": None}
     export_model(run.final_model, student, weights, shards, {"identity": {}, "result": {**result, **report}})
     validation = dataclasses.asdict(evaluate_model(run.final_model, shards))
-    totals = shards.manifest.totals()
-    cached = {**totals, "captured": totals["positions"], "seconds": 2.0, "where": str(run.shards)}
-    run.report("teacher_cache", cached)
+    run.report("teacher_cache", {**totals, "captured": totals["positions"], "seconds": 2.0, "where": str(run.shards)})
     run.report("distill", {**result, "untrained": {**validation, "kl": 9.0}, "validation": validation})
-    run.report("evaluate", {"validation": validation, "samples": [{"prompt": "1 + 1?", "answer": "3", "label": "2"}]})
+    samples = [{"prompt": "1 + 1?", "answer": "3", "label": "2"}]
+    made_from = {"model_sha256": model_sha256(run)}
+    run.report("evaluate", {"validation": validation, "samples": samples, "made_from": made_from})
     return run.path
 
 

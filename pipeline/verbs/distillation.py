@@ -85,7 +85,7 @@ def teacher_cache(
     if dry_run:
         print_checks(steps.plan_cache(chosen, run, gpus=gpus, shards=shards))
         return
-    print_lines(cache_lines(steps.teacher_cache(chosen, run, gpus=gpus, shards=shards), run))
+    print_lines(cache_lines(steps.teacher_cache(chosen, run, gpus=gpus, shards=shards)))
 
 
 def distill(
@@ -98,7 +98,9 @@ def distill(
         Path | None, typer.Option("--hosts", help="Train over machines: a hostfile, `worker-1 slots=4` a line.")
     ] = None,
     shards: ShardsOption = None,
-    track: Annotated[str, typer.Option("--track", help="tensorboard, trackio, wandb or none.")] = "tensorboard",
+    track: Annotated[
+        str, typer.Option("--track", help="tensorboard, none, or, once it is installed, wandb or trackio.")
+    ] = "tensorboard",
 ) -> None:
     """Stage two: the student, out of the shards.
 

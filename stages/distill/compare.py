@@ -36,7 +36,7 @@ class ComparedToken:
     """Of the response."""
     label: str
     kl: float
-    """In nats, by the set's yardstick: from the teacher's kept ids and the rest, a lower bound of the whole KL."""
+    """In nats, by the set's yardstick."""
     label_by_teacher: float | None
     """The label's probability; None where the teacher's was not kept."""
     label_by_student: float

@@ -27,14 +27,14 @@ class EvaluationReport:
 
     positions: int
     kl: float
-    """KL(teacher || student) over the kept ids and one bucket for the rest: a lower bound of the whole KL."""
+    """KL(teacher || student) by the set's yardstick: `what_kl_is` says in words what that is."""
     cross_entropy: float
     """Of the records' own tokens."""
     perplexity: float
     top1_agreement: float
-    """How often the student's most probable token is the teacher's."""
+    """How often the student's most probable token is the teacher's; of a sample, the most probable drawn one."""
     top5_agreement: float
-    """How often the teacher's most probable token is among the student's five."""
+    """How often that token of the teacher is among the student's five most probable."""
     ece: float
     """Expected calibration error of the student's most probable token, as a guess at the record's own."""
 

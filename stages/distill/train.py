@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from stages.distill.evaluate import EvaluationReport, evaluate
 from stages.distill.export import export_model, exported_facts
 from stages.distill.identity import identity_of
 from stages.distill.interruption import StopRequest
+from stages.distill.losses.table import what_kl_is
 from stages.distill.mining import Snapshot
 from stages.distill.objective import Emphasis, left_out, told_names
 from stages.distill.optimizer import set_rates
@@ -58,6 +59,10 @@ class TrainResult:
     """Of the student before its first step; None where the shards have no dev split."""
     validation: EvaluationReport | None
     """Of the finished model; None before, and where the shards have no dev split."""
+    kl_is: str
+    """What `kl` is in both reports, in words."""
+    cached: Mapping[str, int]
+    """Totals of the set that it was trained from: shards, records, positions and bytes."""
 
 
 def train(
@@ -82,7 +87,7 @@ def train(
         if facts := exported_facts(final_model):
             checkpoints.require_same_identity(final_model, facts["identity"])
             emit(Note(stage=STAGE, text=f"{final_model} is finished already"))
-            return _result(facts["result"])
+            return _result(facts["result"], shard_set)
         emit(Note(stage=STAGE, text=f"ranks: {world.size} on {world.device.type}; {precision}: {reason}"))
         for note in _notes(shard_set, objective):
             emit(note)
@@ -109,6 +114,7 @@ def train(
                 precision=precision,
                 untrained=EvaluationReport(**done.untrained) if done.untrained else None,
                 validation=report,
+                **_told_of(shard_set),
             )
             weights = training.engine.weights() if result.finished else {}
         if weights:  # on rank 0 alone
@@ -321,6 +327,11 @@ def _notes(shards: ShardSet, objective: ObjectiveSettings) -> Iterator[Note]:
         yield Note(stage=STAGE, text="the shards have no dev split: nothing is validated", level="warning")
 
 
-def _result(facts: dict[str, Any]) -> TrainResult:
+def _told_of(shards: ShardSet) -> dict[str, Any]:
+    """What a result says of the set that it comes from."""
+    return {"kl_is": what_kl_is(shards.contract.selection), "cached": shards.manifest.totals()}
+
+
+def _result(facts: dict[str, Any], shards: ShardSet) -> TrainResult:
     reports = {name: facts[name] and EvaluationReport(**facts[name]) for name in ("untrained", "validation")}
-    return TrainResult(**{**facts, **reports})
+    return TrainResult(**{**facts, **reports, **_told_of(shards)})

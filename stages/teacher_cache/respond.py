@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from shards.durable import publish
+from stages.corpus.fingerprint import sha256_of
 from stages.corpus.publish import exclusive
 from stages.corpus.sample import Sample
 from stages.corpus.store import Corpus, Samples, commit_corpus, read_commit, read_corpus, write_samples, write_split

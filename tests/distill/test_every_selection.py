@@ -18,6 +18,7 @@ from shards.planes.tables import fingerprint
 from shards.reader import ShardSet
 from shards.writer import write_shard
 from stages.distill.batches import assemble
+from stages.distill.losses.table import what_kl_is
 from stages.distill.objective import SUMS, DistillModule, Emphasis
 from stages.distill.settings import ObjectiveSettings
 from stages.events import Metric
@@ -82,3 +83,15 @@ def test_it_trains(written: tuple[str, Path], train_here: Callable[..., Any], tm
     assert ("temperature" in steps[0]) == (name != "counts")
     assert ("hard_share" in steps[0]) == (name == "adaptive")
     assert steps[0]["encoder"] > 0
+
+
+def test_what_the_yardstick_tells_of_each_selection_is_said() -> None:
+    said = {name: what_kl_is(selection) for name, selection in SELECTIONS.items()}
+    said["imported"] = what_kl_is(dataclasses.replace(SELECTIONS["topk"], tail_known=False))
+    for words, told_of in {
+        "one bucket for the rest (a lower bound": {"topk", "adaptive", "hybrid", "sample"},
+        "it may be negative": {"counts"},
+        "no bound of the whole": {"imported"},
+        "most probable drawn id": {"sample", "counts"},
+    }.items():
+        assert {name for name, text in said.items() if words in text} == told_of

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from shards.manifest import read_manifest
 from shards.reader import ShardSet
 from shards.units import file_sha256
 from shards.verify import verify_shards
+from stages.corpus.chat import CHAT_FILE, chat_document
 from stages.inference.generate import Student
 from stages.inference.loading import load_model, newest_model
 
@@ -60,9 +62,25 @@ def test_an_evaluation_of_other_weights_is_not_this_models(run: RunFolder) -> No
         assert ("answer:\n\n    3\n" in model_card(run)) == present
 
 
+def test_what_is_cached_is_told_of_the_set_that_the_model_was_trained_from(run: RunFolder) -> None:
+    cached = run.summary()["teacher_cache"]
+    run.report("teacher_cache", {**cached, "records": 999, "positions": 9_999})
+    told, own = rows(model_card(run)), read_manifest(run.shards).totals()
+    assert told["records cached"] == f"{own['records']:,}"
+    assert told["positions cached"] == f"{own['positions']:,}"
+
+
+def test_the_card_says_what_its_kl_is(run: RunFolder) -> None:
+    whole = "`kl` is KL(teacher || student) in nats over the kept ids and one bucket for the rest (a lower bound"
+    assert whole in model_card(run)
+    run.report("evaluate", {**run.summary()["evaluate"], "kl_is": "as somebody guessed it"})
+    assert "`kl` is KL(teacher || student) in nats as somebody guessed it." in model_card(run)
+
+
 def test_text_of_samples_cannot_become_markup(run: RunFolder) -> None:
     evil = "# heading\n<script>\n```"
-    run.report("evaluate", {"samples": [{"prompt": evil, "answer": evil, "label": ""}]})
+    samples = [{"prompt": evil, "answer": evil, "label": ""}]
+    run.report("evaluate", {**run.summary()["evaluate"], "samples": samples})
     card = model_card(run)
     assert card.count("    # heading") == 2
     assert "\n# heading" not in card
@@ -163,9 +181,31 @@ def test_a_new_card_makes_no_older_model_the_newest(run: RunFolder) -> None:
     assert newest_model(run.path.parent) == newer / "final_model"
 
 
+def examples(run: RunFolder) -> list[str]:
+    found = re.findall(r"```python\n(.*?)```", model_card(run), re.DOTALL)
+    return [example.replace("path/of/this/folder", str(run.final_model)) for example in found]
+
+
 def test_every_example_of_the_model_card_runs(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    examples = re.findall(r"```python\n(.*?)```", model_card(run), re.DOTALL)
-    assert len(examples) == 2
-    for example in examples:
-        exec(example.replace("path/of/this/folder", str(run.final_model)), {})
+    assert len(examples(run)) == 2
+    for example in examples(run):
+        exec(example, {})
         assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_elsewhere_the_student_is_asked_as_it_was_trained(run: RunFolder, thinking: bool) -> None:
+    template = run.final_model / "chat_template.jinja"
+    switched = "{% if enable_thinking is false %}<think></think>{% endif %}"
+    template.write_text(template.read_text(encoding="utf-8") + switched, encoding="utf-8")
+    (run.final_model / CHAT_FILE).write_bytes(chat_document(thinking=thinking))
+    names: dict[str, Any] = {}
+    exec(examples(run)[1], names)
+    ours = Student.load(run.final_model).prompt_ids("How many eggs are in three dozen?")
+    assert names["prompt"]["input_ids"].tolist() == [ours]
+
+
+def test_without_a_template_no_prompt_is_promised_elsewhere(run: RunFolder) -> None:
+    (run.final_model / "chat_template.jinja").unlink()
+    (example,) = examples(run)
+    exec(example, {})

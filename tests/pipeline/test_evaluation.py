@@ -11,13 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cli import app
 from pipeline import evaluation
+from pipeline.card import CARD, write_card
 from pipeline.compare import compare
 from pipeline.errors import PipelineError, UsageError
-from pipeline.report import REPORT
+from pipeline.report import REPORT, write_report
 from pipeline.run import RunFolder
 from shards.contract import Contract, Selection
 from shards.manifest import begin, seal
@@ -84,6 +86,27 @@ def test_either_split_is_measured_whole_and_kept_beside_the_standing_report(run:
     page = (run.path / REPORT).read_text(encoding="utf-8")
     assert "Other text" in page
     assert f"{want.kl:.4f}" in page
+
+
+def test_what_was_measured_of_other_weights_is_told_no_more(run: RunFolder) -> None:
+    standing = evaluation.evaluate(run, shards=None)
+    facts = evaluation.evaluate_split(run, shards=None, split="train")
+    run.report("evaluate", {**standing, "exact_match": {"share": 1.0, "low": 0.9, "high": 1.0, "answers": 40}})
+    told = ("of 40 answers are right", "Answers to validation prompts", facts["where"])
+
+    def pages() -> str:
+        write_card(run)
+        return write_report(run).read_text("utf-8") + (run.final_model / CARD).read_text("utf-8")
+
+    assert all(words in pages() for words in told)
+    assert f"own kind and on other text ({facts['where']}); on any other" in pages()
+    trained_again = load_file(run.final_model / "model.safetensors")
+    next(iter(trained_again.values())).add_(1)
+    save_file(trained_again, run.final_model / "model.safetensors", metadata={"format": "pt"})
+    assert not any(words in pages() for words in told)
+    assert "own kind only; on any other text nothing is known" in pages()
+    evaluation.evaluate_split(run, shards=None, split="validation")
+    assert len(run.summary()["evaluate_elsewhere"]) == 1
 
 
 def test_another_set_of_the_same_tokenizer_is_measured(run: RunFolder, other_set: Callable[..., Path]) -> None:

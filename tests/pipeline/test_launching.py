@@ -140,7 +140,7 @@ def test_a_run_knows_the_set_that_it_was_trained_from(user: Path, monkeypatch: p
         steps.shards_of(run, None)
     assert "--shards" in refused.value.hint
     monkeypatch.setenv("RANK", "0")
-    result = TrainResult(**STOPPED, untrained=None, validation=None)  # type: ignore[arg-type]
+    result = TrainResult(**STOPPED, untrained=None, validation=None, kl_is="", cached={})  # type: ignore[arg-type]
     monkeypatch.setattr("stages.distill.train.train", lambda **_: result)
     rank._train(run, place, silent)
     assert steps.shards_of(run, None) == Path(place)

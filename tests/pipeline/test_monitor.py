@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.event_log import EventLog
 from pipeline.load import LoadMeter, parse_gpus
+from pipeline.measured import model_sha256
 from pipeline.monitor import Watcher
 from pipeline.run import RunFolder
 from pipeline.terminal.dashboard import rendered, sparkline
@@ -58,10 +59,16 @@ def test_once_shows_state_progress_curves_load_notes_and_answers(run: RunFolder)
 def test_once_it_is_evaluated_the_answers_of_the_finished_student_are_shown(run: RunFolder) -> None:
     (during,) = Watcher(run).look().samples
     assert (during.step, during.answer) == (5, "It is 41.")
-    run.report("evaluate", {"samples": [{"prompt": "What is 6 x 7?", "answer": "It is 42.", "label": "42"}]})
+    weights = run.final_model / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    samples = [{"prompt": "What is 6 x 7?", "answer": "It is 42.", "label": "42"}]
+    run.report("evaluate", {"samples": samples, "made_from": {"model_sha256": model_sha256(run)}})
     view = Watcher(run).look()
     assert [(sample.step, sample.answer) for sample in view.samples] == [(None, "It is 42.")]
     assert "answers of the newest evaluation" in rendered(view)
+    weights.unlink()
+    assert Watcher(run).look().samples == (during,), "the run is trained anew"
 
 
 def test_json_has_the_same_and_no_number_that_json_does_not_know(run: RunFolder) -> None:

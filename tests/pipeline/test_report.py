@@ -82,6 +82,15 @@ def test_it_holds_every_curve_and_needs_no_other_file(run: RunFolder) -> None:
     assert not list(run.path.glob(f".{REPORT}*")), "no half-written file is left"
 
 
+def test_bytes_are_of_the_set_that_the_student_was_trained_from(run: RunFolder) -> None:
+    run.report("teacher_cache", {**run.summary()["teacher_cache"], "positions": 1, "bytes": 777})
+    assert "777.0 B" not in write_report(run).read_text(encoding="utf-8")
+    facts = run.summary()
+    del facts["distill"]
+    run.summary_file.write_text(json.dumps(facts), encoding="utf-8")
+    assert "777.0 B" in write_report(run).read_text(encoding="utf-8"), "before training, it is the run's own"
+
+
 def test_a_curve_is_where_its_values_are_and_breaks_where_there_are_none() -> None:
     curve = Curve()
     for step, value in [(0, 0.0), (10, 10.0), (20, math.nan), (30, 5.0), (40, 0.0)]:

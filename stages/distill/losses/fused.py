@@ -53,7 +53,8 @@ class FusedRows(NamedTuple):
     sums: tuple[Tensor, ...]
     """Each term summed over rows: a scalar, or [C] of a loss that gives C numbers a row."""
     top1_N: Tensor
-    """bool: the teacher's most probable id is the student's too."""
+    """bool: the first kept id is the student's most probable too: the teacher's most probable, or of a sample the most
+    probable one that was drawn."""
     told_N: Tensor
     """The value of one term, that of `RowObjective.told`, in each row; without a gradient."""
     top5_N: Tensor | None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from shards.contract import DRAWN, Contract
+from shards.contract import DRAWN, Contract, Selection
 from stages.distill.losses.divergences import (
     conditional_kl,
     ghost_kl,
@@ -68,6 +68,18 @@ def yardstick(contract: Contract) -> RowLoss:
     if not contract.selection.logprobs:
         return plain(sampled_kl)
     return plain(tail_bucket_kl if contract.selection.tail_known else topk_kl_renormalised)
+
+
+def what_kl_is(selection: Selection) -> str:
+    """What the yardstick of a set tells, in words that follow its figure in nats."""
+    if not selection.logprobs:
+        words = "as the drawn ids estimate it (it may be negative)"
+    elif selection.tail_known:
+        words = "over the kept ids and one bucket for the rest (a lower bound of the whole)"
+    else:
+        words = "over the kept ids alone, scaled to sum to 1 (no bound of the whole)"
+    drawn = "; top-1 and top-5 are of the most probable drawn id"
+    return words + drawn * (selection.kind == "sample")
 
 
 def distillation_term(settings: ObjectiveSettings, contract: Contract) -> RowLoss:
