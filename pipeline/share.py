@@ -6,6 +6,7 @@ The card is no part of the set: `verify-shards` neither knows nor misses it.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,10 @@ import numpy as np
 from pipeline.card import ABSENT, CARD, table
 from pipeline.figures import size
 from pipeline.locations import local_set
-from pipeline.run import RunFolder, write_atomically
-from shards.manifest import TEACHER_FOLDER
+from pipeline.run import write_atomically
+from shards.manifest import FIDELITY_FILE, TEACHER_FOLDER
 from shards.reader import ShardSet
 
-_FIDELITY = "fidelity"
-"""Stage one's comparison of the cache with the live teacher, in the run's summary where it was made."""
 _LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
 
@@ -49,7 +48,7 @@ def dataset_card(folder: Path) -> str:
         ],
         ["## Sizes", "", *_sizes(shards)],
         ["## What was kept", "", *_quality(shards)],
-        ["## Fidelity", "", *_fidelity(folder)],
+        ["## Fidelity", "", *_fidelity(shards)],
         [
             "## Contract",
             "",
@@ -115,13 +114,12 @@ def _known(value: float) -> str:
     return f"{value:.4f}" if np.isfinite(value) else ABSENT
 
 
-def _fidelity(folder: Path) -> list[str]:
-    """What stage one measured against the live teacher, if it did and the set lies in its run."""
-    try:
-        facts = RunFolder(folder.parent).summary()["teacher_cache"][_FIDELITY]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ["Not measured, as far as this folder and its run say."]
-    return list(table(facts)) if isinstance(facts, Mapping) else [str(facts)]
+def _fidelity(shards: ShardSet) -> list[str]:
+    """What stage one measured against the live teacher, if it did."""
+    if FIDELITY_FILE not in shards.manifest.teacher_files:
+        return ["Not measured."]
+    shards.verify_teacher_file(FIDELITY_FILE)
+    return list(table(json.loads((shards.teacher_folder / FIDELITY_FILE).read_text(encoding="utf-8"))))
 
 
 def _reading(shards: ShardSet) -> list[str]:
