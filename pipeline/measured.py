@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.run import ELSEWHERE, RunFolder
-from shards.units import file_sha256
+from shards.durable import file_sha256
 
 
 def summary_of_this_model(run: RunFolder) -> dict[str, Any]:

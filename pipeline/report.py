@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pipeline import figures
 from pipeline.event_log import EventReader
 from pipeline.history import Curve, History
 from pipeline.measured import summary_of_this_model
-from pipeline.run import ELSEWHERE, RunFolder
+from pipeline.run import ELSEWHERE, RunFolder, write_atomically
 from stages.events import Answered
 
 REPORT = "report.html"
@@ -93,9 +92,7 @@ def write_report(run: RunFolder) -> Path:
     reader, history = EventReader(run.events), History()
     history.take(reader.read())
     path = run.path / REPORT
-    temporary = path.with_name(f".{REPORT}.{os.getpid()}")
-    temporary.write_text(render(run, history), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, render(run, history))
     return path
 
 

@@ -5,7 +5,6 @@ The run's lock is held by whoever started it; its recipe says who writes.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.explanation import EXPLAINED, exit_code, explained
 from pipeline.recipe import Recipe
 from pipeline.run import RunFolder
 from pipeline.sinks import listening
+from shards.durable import file_sha256
 from stages.corpus.store import Corpus, read_corpus
 from stages.errors import StageError
 from stages.events import Emit
@@ -73,9 +73,7 @@ def _author(recipe: Recipe, corpus: Corpus, teacher: Path) -> tuple[str, Callabl
     weights = Path(settings.student) / "model.safetensors"
     if not weights.is_file():
         raise StageError(f"no student in {settings.student}", hint="name the final_model folder of a finished run")
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return f"student {digest}", lambda: StudentAuthor(
+    return f"student {file_sha256(weights)}", lambda: StudentAuthor(
         Student.load(Path(settings.student)), settings, corpus.end_token_id, context=recipe.teacher.max_model_len
     )
 

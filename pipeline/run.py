@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.recipe import Recipe, load
 from pipeline.turn import take_turn
+from shards.durable import sync
 from stages.distill.settings import FREE_SETTINGS
 from stages.teacher_cache.settings import FREE_TEACHER_SETTINGS
 
@@ -139,8 +140,6 @@ def _require_equal(standing: Recipe, asked: Recipe, sections: tuple[str, ...], w
 def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
     temporary.replace(path)

@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shards import framing
+from shards.durable import file_sha256
 from shards.errors import Corrupt, ShardError
 from shards.schema import LENGTHS, STATISTICS, numbers_of
 from shards.shard import ShardReader
@@ -115,6 +116,5 @@ def _least(batch: pa.RecordBatch, name: str) -> int:
 
 def require_same_bytes(path: Path, sha256: str, where: str) -> None:
     """Raise Corrupt where a file differs from the hash that the manifest states."""
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise Corrupt(f"{where} differs from its checksum in the manifest", hint=_REMAKE)
+    if file_sha256(path) != sha256:
+        raise Corrupt(f"{where} differs from its checksum in the manifest", hint=_REMAKE)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import itertools
 import os
 import secrets
@@ -95,11 +96,7 @@ class LocalDisk:
         path.unlink()
 
     def fsync_folder(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
 
 
 LOCAL_DISK = LocalDisk()
@@ -148,6 +145,21 @@ def open_to_lock(path: Path) -> BinaryIO:
         return path.open("r+b")
     except OSError:
         return path.open("rb")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Of what a file holds, which is never in memory at once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _link_new(folder: Path, target: Path, data: bytes, disk: Disk) -> bool:

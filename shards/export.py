@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shards.contract import DRAWN, Contract
-from shards.durable import make_folder
+from shards.durable import make_folder, sync
 from shards.errors import StorageFailed
 from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
@@ -122,8 +121,7 @@ def _write(shard: ShardReader, info: ShardInfo, path: Path) -> None:
             for start in range(0, len(shard), _ROWS):
                 rows = range(start, min(start + _ROWS, len(shard)))
                 writer.write_batch(_batch(shard, rows, schema), row_group_size=_ROWS)
-        with arriving.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(arriving)
         arriving.replace(path)
     except OSError as error:
         raise StorageFailed(f"{path} cannot be written: {error}", hint="make room, then run it again") from error

@@ -18,17 +18,17 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from shards.durable import remove_abandoned, temporary
+from shards.durable import file_sha256, remove_abandoned, temporary
 from shards.errors import Corrupt, StorageFailed
 
 DEFAULT_LIMIT = 64 << 30
 
 
-def default_folder() -> Path:
-    """$MINICODFORMER_CACHE, else minicodformer in the user's cache; in it, shards/."""
-    own = os.environ.get("MINICODFORMER_CACHE")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(own).expanduser().absolute() if own else home / "minicodformer") / "shards"
+def user_cache() -> Path:
+    """Where what was fetched is kept: $MINICODFORMER_CACHE, else minicodformer in the user's cache."""
+    if own := os.environ.get("MINICODFORMER_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minicodformer"
 
 
 class ObjectCache:
@@ -36,7 +36,7 @@ class ObjectCache:
 
     def __init__(self, folder: Path | None = None, *, limit: int | None = None) -> None:
         """`limit` in bytes; by default what $MINICODFORMER_SHARD_CACHE_GB says, else 64 GiB. ValueError below 1."""
-        self.folder = default_folder() if folder is None else folder
+        self.folder = user_cache() / "shards" if folder is None else folder
         self.limit = _limit_from_environment() if limit is None else limit
         if self.limit < 1:
             raise ValueError(f"a cache of {self.limit} bytes holds nothing")
@@ -83,7 +83,7 @@ class ObjectCache:
         with temporary(self.folder, sha256) as (arriving, _):
             fetch(arriving)
             found = arriving.stat().st_size
-            if size not in (None, found) or _sha256(arriving) != sha256:
+            if size not in (None, found) or file_sha256(arriving) != sha256:
                 raise Corrupt(
                     f"{called} arrived as {found} bytes, which differ from its checksum",
                     hint="try again; where it stays so, the remote file is damaged: verify-shards --quarantine",
@@ -142,11 +142,6 @@ def _explained(folder: Path) -> Iterator[None]:
             hint="make room, with MINICODFORMER_SHARD_CACHE_GB if by other copies, or fix the permissions, or set "
             "MINICODFORMER_CACHE to another folder",
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _limit_from_environment() -> int:

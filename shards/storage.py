@@ -8,12 +8,11 @@ that is taken (`exclusive`), an object store may not, so there shards are named 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from shards.durable import LOCAL_DISK, Disk, make_folder, publish, remove_abandoned
+from shards.durable import LOCAL_DISK, Disk, file_sha256, make_folder, publish, remove_abandoned
 from shards.errors import StorageFailed, Truncated, unreadable
 from shards.object_cache import ObjectCache
 
@@ -130,8 +129,7 @@ class LocalStorage:
     def sha256(self, name: str) -> str:
         path = self.folder / name
         try:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return file_sha256(path)
         except OSError as error:
             raise unreadable(str(path), error, missing=RESTORE_FILE) from error
 

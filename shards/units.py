@@ -18,7 +18,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -174,11 +173,6 @@ def set_aside_unit(storage: Storage, name: str) -> None:
     if not storage.exclusive:
         storage.set_aside(f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json")
     storage.set_aside(name)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _published(storage: Storage, name: str, sha256: str, data: bytes) -> Published:

@@ -1,4 +1,4 @@
-"""What a file or a tokenizer is, as sha256. Imports nothing heavy, so that asking costs no time."""
+"""What a tokenizer is, as sha256. Imports nothing heavy, so that asking costs no time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shards.durable import file_sha256
 from stages.corpus.catalogue import Catalogue, catalogue, require_source
-from stages.corpus.fingerprint import sha256_of, tokenizer_fingerprint
+from stages.corpus.fingerprint import tokenizer_fingerprint
 from stages.corpus.publish import exclusive
 from stages.corpus.sample import Sample
 from stages.corpus.settings import CorpusSettings
@@ -104,7 +105,7 @@ def _done_before(out: Path, inputs: Mapping[str, Any], source: Path, emit: Emit)
         return None
     if facts is None or facts["version"] != VERSION:
         return None
-    if facts["inputs"] != {**inputs, "source_sha256": sha256_of(source)}:
+    if facts["inputs"] != {**inputs, "source_sha256": file_sha256(source)}:
         _note(emit, f"{out} was made from another source, tokenizer or settings: preparing again")
         return None
     damage = find_damage(out, facts)

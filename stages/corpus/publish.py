@@ -7,11 +7,12 @@ old commit file away, moves the files, and moves the new commit file in last.
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from shards.durable import sync
 
 _STAGING = ".staging"
 _LOCK = ".lock"
@@ -52,12 +53,3 @@ def publish_set(staging: Path, folder: Path, names: Sequence[str], *, commit: st
     sync(folder)
     (staging / commit).replace(folder / commit)
     sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

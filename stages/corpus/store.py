@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stages.corpus.fingerprint import sha256_of
+from shards.durable import file_sha256
 from stages.corpus.publish import publish_set
 from stages.corpus.sample import Sample
 from stages.errors import StageError
@@ -169,7 +169,7 @@ def commit_corpus(
         "fingerprint": _fingerprint(written, rendering),
         **{name: getattr(rendering, name) for name in _RENDERING},
         "inputs": dict(inputs),
-        "files": {name: sha256_of(staging / name) for name in names},
+        "files": {name: file_sha256(staging / name) for name in names},
         "report": dict(report),
     }
     write_commit(staging, facts)
@@ -214,7 +214,7 @@ def find_damage(folder: Path, facts: Mapping[str, Any]) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if sha256_of(path) != sha256:
+        if file_sha256(path) != sha256:
             return f"{name} is damaged: its sha256 is not the one in {COMMIT}"
     return None
 

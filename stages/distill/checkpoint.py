@@ -23,6 +23,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from shards.durable import file_sha256, sync
 from stages.distill.engine import MOMENTS, TrainingState
 from stages.errors import StageError
 from stages.events import Emit, Note
@@ -95,24 +96,24 @@ class CheckpointFolder:
     def _publish(self, folder: Path, milestone: Milestone, state: TrainingState) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MANIFEST).unlink(missing_ok=True)  # a damaged one that training has now come back to
-        _flush_folder(folder)
+        sync(folder)
         parts = {"weights": state.weights, **state.moments, "records": state.records}
         tensors = {f"{part}/{name}": tensor for part, by_name in parts.items() for name, tensor in by_name.items()}
         save_file(tensors, folder / _TENSORS)
-        _flush(folder / _TENSORS)
+        sync(folder / _TENSORS)
         manifest = {
             "identity": dict(self.identity),
             "loss_scale": dict(state.loss_scale),
             "milestone": {name: getattr(milestone, name) for name in milestone.__slots__},
-            "sha256": _sha256(folder / _TENSORS),
+            "sha256": file_sha256(folder / _TENSORS),
             "updates": state.updates,
         }
         temporary = folder / f"{_MANIFEST}.tmp"
         temporary.write_text(json.dumps({**manifest, "seal": _seal(manifest)}, indent=1), encoding="utf-8")
-        _flush(temporary)
+        sync(temporary)
         os.replace(temporary, folder / _MANIFEST)  # noqa: PTH105
-        _flush_folder(folder)
-        _flush_folder(self.path)
+        sync(folder)
+        sync(self.path)
 
     def _folders(self) -> list[Path]:
         """Published checkpoints, oldest first."""
@@ -171,7 +172,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _read_state(folder: Path, manifest: Mapping[str, Any]) -> TrainingState:
     try:
-        if _sha256(folder / _TENSORS) != manifest["sha256"]:
+        if file_sha256(folder / _TENSORS) != manifest["sha256"]:
             raise _DamagedError("its tensors differ from their checksum")
         tensors = load_file(folder / _TENSORS)
     except (OSError, SafetensorError) as error:
@@ -191,21 +192,3 @@ def _read_state(folder: Path, manifest: Mapping[str, Any]) -> TrainingState:
 
 def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

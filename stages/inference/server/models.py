@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.durable import file_sha256
 from stages.errors import StageError
 from stages.inference.generate import Student
 
@@ -31,6 +31,5 @@ class ServedModel:
             raise StageError(f"{name!r} cannot name a served model", hint="use a-z, 0-9, '.', '_' and '-'")
         student = Student.load(folder)
         weights = folder / "model.safetensors"
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(name=name, student=student, fingerprint=f"fp_{digest[:12]}", created=int(weights.stat().st_mtime))
+        fingerprint, created = f"fp_{file_sha256(weights)[:12]}", int(weights.stat().st_mtime)
+        return cls(name=name, student=student, fingerprint=fingerprint, created=created)
