@@ -5,8 +5,8 @@ PYTHON := .venv/bin/python
 CLI := $(PYTHON) cli.py
 
 RECIPE_FLAGS = $(if $(RECIPE),--recipe $(RECIPE)) $(if $(NAME),--name $(NAME)) $(if $(DATA),--data $(DATA)) $(foreach pair,$(SET),--set $(pair))
-REPLICA_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--tp $(TP)) $(if $(RESPOND),--respond $(RESPOND)) $(if $(SHARDS),--shards $(SHARDS))
-RANK_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(SHARDS),--shards $(SHARDS)) $(if $(HOSTS),--hosts $(HOSTS)) $(if $(TRACK),--track $(TRACK))
+REPLICA_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--tp $(TP)) $(if $(RESPOND),--respond $(RESPOND)) $(if $(SHARDS),--shards '$(SHARDS)')
+RANK_FLAGS = $(if $(GPUS),--gpus $(GPUS)) $(if $(SHARDS),--shards '$(SHARDS)') $(if $(HOSTS),--hosts $(HOSTS)) $(if $(TRACK),--track $(TRACK))
 SCREEN = $(or $(NAME),minicodformer_train)
 CACHE_SCREEN = $(or $(NAME),minicodformer_cache)
 

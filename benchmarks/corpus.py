@@ -19,6 +19,7 @@ from benchmarks.record import Row, compare, write
 from benchmarks.teacher_logits import FOLDER, TEACHER, boolq
 from pipeline.assets import teacher_folder
 from pipeline.sinks import listening
+from shards.fidelity import KEPT_MASS
 from shards.inspect import Inspection, inspect
 from shards.verify import VerifyReport, verify_shards
 from stages.corpus.prepare import prepare
@@ -77,7 +78,7 @@ def table(corpus: Corpus, found: Inspection, verdict: VerifyReport) -> Iterator[
             yield compare(part, "bytes of a position", "B", size, parts["all"], "all parts")
     for name, value in found.fidelity.items():
         what, _, which = name.rpartition(", ")
-        if what and not what.startswith("mass"):
+        if what and what != KEPT_MASS:
             yield compare(what, which, "nats", value, entropy, "median entropy of a record")
 
 

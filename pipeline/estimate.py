@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import figures
-from pipeline.errors import as_usage
 from pipeline.json_output import json_text
 from pipeline.locations import standing_set
 from pipeline.run import RunFolder
@@ -35,11 +34,10 @@ def estimate(
     """Extrapolate a set to `positions` response tokens on so many machines of `price` an hour each.
 
     `rate` is in response tokens a second; by default that of the run in which the set was made, its start included.
-    Raises UsageError where the set is too small.
+    Raises InvalidRequest where the set is too small.
     """
     where = standing_set(place)
-    with as_usage("cache a few dozen samples of the corpus first"):
-        size = estimate_size(where, positions)
+    size = estimate_size(where, positions)
     measured = rate is None
     rate = _measured_rate(where) if rate is None else rate
     hours = None if rate is None else positions / (rate * machines) / 3600

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from pipeline.errors import PipelineError, UsageError
-from shards.errors import ShardError
+from shards.errors import InvalidRequest, ShardError
 from stages.errors import StageError
 
 EXPLAINED = (PipelineError, StageError, ShardError, OSError)
@@ -30,5 +30,5 @@ def explained(error: Exception) -> list[str]:
 
 
 def exit_code(error: Exception) -> int:
-    """2 for usage, 1 for everything else."""
-    return 2 if isinstance(error, UsageError) else 1
+    """2 for what nobody can do, 1 for everything else."""
+    return 2 if isinstance(error, UsageError | InvalidRequest) else 1

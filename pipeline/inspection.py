@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import as_usage
 from pipeline.json_output import json_text
 from pipeline.locations import set_or_shard, standing_set
 from pipeline.sinks import listening
@@ -21,13 +20,10 @@ _SHOWN_KEYS = 6
 
 
 def inspection_lines(place: str, *, sample: int | None, positions: Sequence[int] | None, as_json: bool) -> list[str]:
-    """Describe a shard or a set. Raises PipelineError where nothing is there, UsageError for no such sample."""
+    """Describe a shard or a set. Raises PipelineError where nothing is there, InvalidRequest for no such sample."""
     where = set_or_shard(place)
-    if sample is None:
-        facts = inspect(where)
-    else:
-        with as_usage("samples and positions are counted from 0"):
-            facts = inspect(where, show=Request(sample=sample, positions=positions, decoder=decoder))
+    shown = None if sample is None else Request(sample=sample, positions=positions, decoder=decoder)
+    facts = inspect(where, show=shown)
     return [json_text(facts)] if as_json else _lines(facts)
 
 
@@ -49,9 +45,10 @@ def _verdict(report: VerifyReport, *, set_aside: bool) -> list[str]:
     if report.intact:
         found = f"{report.shards} shards and {report.teacher_files} teacher files, {report.bytes:,} bytes"
         return [f"{report.where}: {found}, all intact"]
-    remedy = "run stage one again: it makes anew what is in quarantine/ and nothing else"
+    again = "run the command that made the set again"
+    remedy = f"{again}: it makes anew what is in quarantine/ and nothing else"
     if not set_aside:
-        remedy = "restore these files from a copy, or set them aside with --quarantine and run stage one again"
+        remedy = f"restore these files from a copy, or set them aside with --quarantine and {again}"
     return [
         f"{report.where}: {len(report.damage)} damaged",
         *(f"  {name}: {what}" for name, what in report.damage.items()),

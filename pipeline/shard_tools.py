@@ -19,11 +19,12 @@ from stages.events import Progress
 
 
 def export(place: str, target: str, *, kind: str) -> list[str]:
-    """Decode a set into files of another format. Raises UsageError for a format that is none, or a foreign target."""
+    """Decode a set into files of another format. Raises UsageError for a format that is none, InvalidRequest for a
+    foreign target."""
     if kind not in FORMATS:
         raise UsageError(f"no format {kind!r}", hint=f"there is --to {', '.join(FORMATS)}")
     source, folder = standing_set(place), new_folder(target)
-    with _told("export-shards") as progress, as_usage("give an empty or a new folder"):
+    with _told("export-shards") as progress:
         report = export_parquet(source, folder, progress=progress)
     kept = report.files - report.written
     there = f", {kept} of them there before" if kept else ""
@@ -33,9 +34,9 @@ def export(place: str, target: str, *, kind: str) -> list[str]:
 
 
 def merge(places: Sequence[str], target: str) -> list[str]:
-    """Make one set of several. Raises UsageError where a sample is in two of them."""
+    """Make one set of several. Raises InvalidRequest where a sample is in two of them."""
     sources = [standing_set(place) for place in places]
-    with _told("merge") as progress, as_usage("merge sets of different corpora, each named once"):
+    with _told("merge") as progress:
         manifest = merge_sets(sources, new_set(target), progress=progress)
     leaked = leaked_prompts(sources)
     told = f"warning    prompts that validate in one of these sets and are trained on in another: {leaked:,}"
@@ -45,17 +46,19 @@ def merge(places: Sequence[str], target: str) -> list[str]:
 def copy(place: str, target: str) -> list[str]:
     """Make the same set in another place."""
     source = standing_set(place)
-    with _told("copy-shards") as progress, as_usage("give a folder, an s3:// or a gs:// URL"):
+    with _told("copy-shards") as progress:
         manifest = copy_set(source, new_set(target), progress=progress)
     return [_made("copied", manifest, target)]
 
 
 def reselect(place: str, target: str, *, k: int, mass: float | None, floor: float | None) -> list[str]:
-    """Make a set that keeps fewer ids. Raises UsageError for a selection that the source does not hold."""
+    """Make a set that keeps fewer ids. Raises UsageError for no selection, InvalidRequest for one that the source does
+    not hold."""
     source = standing_set(place)
-    with _told("reselect") as progress, as_usage("a set can only lose ids: fewer k, less mass, a higher floor"):
+    with as_usage("give a --k, a --mass and a --floor within these bounds"):
         kind = "topk" if mass is None and floor is None else "adaptive"
         selection = Selection(kind=kind, k=k, mass=1.0 if mass is None else mass, floor=floor or 0.0)
+    with _told("reselect") as progress:
         manifest = reselect_set(source, new_set(target), selection, progress=progress)
     return [_made("reselected", manifest, target)]
 
@@ -69,7 +72,7 @@ def import_cache(dump: Path, target: str, *, teacher: str, k: int, thinking: boo
     if not dump.exists():
         raise UsageError(f"no dump {dump}", hint="name a file with one JSON object a line, or DistillKit's folder")
     made = new_set(target)
-    with listening() as emit, as_usage("fewer --k than the vocabulary has ids"):
+    with listening() as emit:
         folder = teacher_folder(teacher, None, emit)
 
         def told(done: int, total: int) -> None:

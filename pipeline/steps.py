@@ -52,10 +52,10 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: s
     """
     from pipeline.replicas import replicas
     from shards.manifest import is_sealed, read_manifest
+    from shards.reader import ShardSet
     from shards.storage import storage_at
     from shards.units import published_positions
     from stages.teacher_cache.cache import fill_cache
-    from stages.teacher_cache.measure import read_fidelity
     from stages.teacher_cache.teacher import tensor_parallel_sizes
 
     with run.lock("teacher-cache"), listening(run.events) as emit:
@@ -82,7 +82,7 @@ def teacher_cache(recipe: Recipe, run: RunFolder, *, gpus: int | None, shards: s
         if captured or run.summary().get("teacher_cache", {}).get("where") != storage.where():
             seconds = round(time.monotonic() - start, 1)
             facts = {**manifest.totals(), "captured": captured, "seconds": seconds, "where": storage.where()}
-            run.report("teacher_cache", {**facts, "fidelity": read_fidelity(storage)})
+            run.report("teacher_cache", {**facts, "fidelity": ShardSet(storage).fidelity()})
         return dict(run.summary()["teacher_cache"])
 
 

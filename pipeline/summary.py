@@ -41,13 +41,14 @@ def cache_lines(facts: Mapping[str, Any]) -> list[str]:
 
 def _fidelity_lines(fidelity: Mapping[str, float]) -> list[str]:
     """The cache beside the teacher; what was measured depends on what is kept."""
+    from shards.fidelity import KEPT_MASS, KL_AS_ONE, MEAN, SHARE_KEPT
+
     if not fidelity:
         return []
-    named = {"KL(full || decoded), the rest as one, mean": "KL", "mass of the kept ids, mean": "mass kept"}
+    named = {f"{KL_AS_ONE}, {MEAN}": "KL", f"{KEPT_MASS}, {MEAN}": "mass kept"}
     parts = [f"{short} {fidelity[name]:.3g}" for name, short in named.items() if name in fidelity]
     lines = [f"fidelity   against the teacher at {fidelity['positions']:.0f} positions: {', '.join(parts)}"]
-    share = "share of the KL kept at T = "
-    shares = {name.removeprefix(share): value for name, value in fidelity.items() if name.startswith(share)}
+    shares = {name.removeprefix(SHARE_KEPT): value for name, value in fidelity.items() if name.startswith(SHARE_KEPT)}
     if shares:
         told = ", ".join(f"{value:.0%} at {at}" for at, value in shares.items())
         lines.append(f"           share of the KL at temperature T that the kept ids carry: {told}")

@@ -30,7 +30,10 @@ SCHEMA = pa.schema(
         *(pa.field(name, pa.float32(), nullable=False) for name in STATISTICS),
     ]
 )
-_REMAKE = "restore the file; or delete manifest.json and run stage one again: it makes this file anew from the shards"
+_REMAKE = (
+    "restore the file, or delete manifest.json and run the command that made the set again: "
+    "it makes this file anew from the shards"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,11 +28,15 @@ class ContractMismatch(ShardError):
 
 
 class Incomplete(ShardError):
-    """A shard set whose manifest is not published yet: stage one has not finished it."""
+    """A shard set whose manifest is not published yet: what makes it has not finished."""
 
 
 class InvalidRecord(ShardError):
     """A record that must not be written: ids outside the vocabulary, NaN, unsorted ids, mass above one."""
+
+
+class InvalidRequest(ShardError):
+    """What was asked of a set can be done with it by nobody: a sample that it lacks, more ids than it keeps."""
 
 
 class StorageFailed(ShardError):

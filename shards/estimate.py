@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.object_cache import ObjectCache
+from shards.errors import InvalidRequest
 from shards.reader import ShardSet
 from shards.storage import Location
 
@@ -33,13 +33,13 @@ class SizeEstimate:
         return self.bytes / self.positions
 
 
-def estimate_size(location: Location, positions: int, *, cache: ObjectCache | None = None) -> SizeEstimate:
+def estimate_size(location: Location, positions: int) -> SizeEstimate:
     """Extrapolate from every record of a set, in any state but damaged, to `positions`.
 
-    What belongs to no row (schema, checks, framing) is shared by the rows of its shard. Raises ValueError for fewer
-    than two records or no positions, and what opening a shard raises.
+    What belongs to no row (schema, checks, framing) is shared by the rows of its shard. Raises InvalidRequest for
+    fewer than two records or no positions, and what opening a shard raises.
     """
-    shards = ShardSet(location, cache=cache)
+    shards = ShardSet(location)
     sizes, lengths = [], []
     for info in shards.manifest.shards:
         shard = shards.open(info)
@@ -56,7 +56,10 @@ def extrapolate(bytes_R: NDArray[np.float64], positions_R: NDArray[np.float64], 
     """
     count = len(bytes_R)
     if count < 2 or planned < 1:
-        raise ValueError(f"an estimate takes two records and a planned position, not {count} and {planned}")
+        raise InvalidRequest(
+            f"an estimate takes two records and a planned position, not {count} and {planned}",
+            hint="cache a few dozen samples of the corpus first",
+        )
     ratio = bytes_R.sum() / positions_R.sum()
     without_R = (bytes_R.sum() - bytes_R) / (positions_R.sum() - positions_R)
     error = math.sqrt((count - 1) / count * ((without_R - without_R.mean()) ** 2).sum())

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from shards.assembly import Progress
 from shards.contract import DRAWN, Contract
 from shards.durable import make_folder, sync
-from shards.errors import StorageFailed
-from shards.object_cache import ObjectCache
+from shards.errors import InvalidRequest, StorageFailed
 from shards.reader import ShardSet
 from shards.record import AttentionSummary, Record
 from shards.schema import LENGTHS, STATISTICS
@@ -31,6 +30,7 @@ from shards.units import ShardInfo
 FORMATS = ("parquet",)
 _ROWS = 64
 """Records a row group: what a reader of one record must fetch."""
+_OTHER_FOLDER = "give an empty or a new folder"
 _SHA256_KEY, _CONTRACT_KEY = b"shard_sha256", b"contract"
 
 _INTEGERS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
@@ -48,19 +48,13 @@ class ExportReport:
     bytes: int
 
 
-def export_parquet(
-    location: Location,
-    target: Path,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-    cache: ObjectCache | None = None,
-) -> ExportReport:
+def export_parquet(location: Location, target: Path, *, progress: Progress | None = None) -> ExportReport:
     """Write every shard of a set as `target`/UNIT.parquet; what is there already is kept.
 
-    `progress` is told how many records of how many are done. Raises ValueError where `target` holds another set's
-    file, StorageFailed, and what reading a damaged shard raises.
+    `progress` is told records. Raises InvalidRequest where `target` holds another
+    set's file, StorageFailed, and what reading a damaged shard raises.
     """
-    shards = ShardSet(location, cache=cache)
+    shards = ShardSet(location)
     make_folder(target)
     done, total, written, size = 0, shards.manifest.totals()["records"], 0, 0
     for info in shards.manifest.shards:
@@ -106,9 +100,9 @@ def _is_there(path: Path, info: ShardInfo) -> bool:
     except FileNotFoundError:
         return False
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from error
+        raise InvalidRequest(f"{path} is no Parquet file: {error}", hint=_OTHER_FOLDER) from error
     if metadata.get(_SHA256_KEY) != info.sha256.encode():
-        raise ValueError(f"{path} comes from another shard than {info.name}")
+        raise InvalidRequest(f"{path} comes from another shard than {info.name}", hint=_OTHER_FOLDER)
     return True
 
 

@@ -11,6 +11,13 @@ from numpy.typing import NDArray
 from shards.contract import Contract
 from shards.record import Float64, Record
 
+KL_AS_ONE = "KL(full || decoded), the rest as one"
+KL_SPREAD = "KL(full || decoded), the rest spread evenly"
+KEPT_MASS = "mass of the kept ids"
+SHARE_KEPT = "share of the KL kept at T = "
+"""The temperature follows."""
+MEAN, LARGEST = "mean", "largest"
+"""After a quantity's name and a comma: which figure of it."""
 TEMPERATURES = (1.25, 1.5, 2.0, 4.0)
 """Beside 1, at which a distribution needs no partition."""
 
@@ -26,7 +33,7 @@ class Fidelity:
 
     def add(self, record: Record, logprobs_NV: Float64) -> None:
         """A decoded record and the teacher's full log-probabilities of its positions."""
-        self._put("mass of the kept ids", self._kept_mass(record, logprobs_NV))
+        self._put(KEPT_MASS, self._kept_mass(record, logprobs_NV))
         if self.contract.selection.kind != "sample":
             self._compare_heads(record, logprobs_NV)
             self._weigh_heads(record, logprobs_NV)
@@ -40,9 +47,9 @@ class Fidelity:
         values = {name: np.concatenate(parts) for name, parts in self._values.items()}
         facts: dict[str, float] = {"positions": float(len(next(iter(values.values()), ())))}
         for name, values_N in values.items():
-            facts[f"{name}, mean"] = _figure(values_N.mean())
-            if not name.startswith("mass"):
-                facts[f"{name}, largest"] = _figure(values_N.max())
+            facts[f"{name}, {MEAN}"] = _figure(values_N.mean())
+            if name != KEPT_MASS:
+                facts[f"{name}, {LARGEST}"] = _figure(values_N.max())
         return facts | {name: _figure(sum(part) / sum(whole)) for name, (part, whole) in self._shares.items()}
 
     def _put(self, name: str, values_N: Float64) -> None:
@@ -74,12 +81,12 @@ class Fidelity:
         tail_N = np.logaddexp.reduce(outside_NV, axis=1)
         log_tail_N = record.log_tail_N.astype(np.float64)
         rest_N = np.where(np.isfinite(log_tail_N), np.exp(tail_N) * (tail_N - log_tail_N), 0.0)
-        self._put("KL(full || decoded), the rest as one", head_N + rest_N)
+        self._put(KL_AS_ONE, head_N + rest_N)
         probs_NV = np.exp(outside_NV)
         spread_N = log_tail_N - np.log((probs_NV > 0).sum(axis=1))
         negative_N = (probs_NV * np.where(probs_NV > 0, outside_NV, 0.0)).sum(axis=1)
         even_N = np.where(np.isfinite(log_tail_N), negative_N - np.exp(tail_N) * spread_N, 0.0)
-        self._put("KL(full || decoded), the rest spread evenly", head_N + even_N)
+        self._put(KL_SPREAD, head_N + even_N)
 
     def _weigh_heads(self, record: Record, logprobs_NV: Float64) -> None:
         """The share of the tempered KL that the head and the rest as one still show, whatever the codec.
@@ -96,7 +103,7 @@ class Fidelity:
             mass_N, squares_N = probs_NK.sum(axis=1), np.square(probs_NV).sum(axis=1)
             rest_N = np.maximum(1 - mass_N, np.finfo(np.float64).tiny)
             as_one_N = np.maximum(squares_N - np.square(probs_NK).sum(axis=1), 0.0) / rest_N
-            parts, wholes = self._shares.setdefault(f"share of the KL kept at T = {temperature:g}", ([], []))
+            parts, wholes = self._shares.setdefault(f"{SHARE_KEPT}{temperature:g}", ([], []))
             parts.append(float((mass_N + as_one_N - squares_N).sum()))
             wholes.append(float((1 - squares_N).sum()))
 

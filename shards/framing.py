@@ -28,7 +28,10 @@ MAGIC = b"ARROW1"
 LENGTH_KEY = b"bytes"
 LENGTH_DIGITS = 20
 BLANK_INDEX, BLANK_SEAL = b"i" * 64, b"s" * 64
-RESTORE = "restore the file, or verify-shards --quarantine and run stage one again: it makes anew only what is missing"
+RESTORE = (
+    "restore the file, or set it aside with verify-shards --quarantine and run the command that made the set again: "
+    "it makes anew only what is missing"
+)
 """For a set that is sealed; see `units` for one that is not."""
 
 _CONTINUATION = 0xFFFFFFFF

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.contract import Contract
-from shards.errors import ShardError
-from shards.manifest import FIDELITY_FILE
-from shards.object_cache import ObjectCache
+from shards.errors import InvalidRequest, ShardError
 from shards.reader import ShardSet
 from shards.sample_view import Decode, SampleView, view_sample
 from shards.schema import cell_names
 from shards.shard import ShardReader
-from shards.storage import storage_at
+from shards.storage import Location, Storage, storage_at
 from shards.verify import damage_of
 
 Numbers = NDArray[np.int32] | NDArray[np.float32]
@@ -95,31 +92,28 @@ class Request:
     """Makes what turns ids into text from the teacher's folder."""
 
 
-def inspect(location: Path | str, *, show: Request | None = None, cache: ObjectCache | None = None) -> Inspection:
-    """Describe a shard or a set, by path or URL, and one of its samples where asked for.
+def inspect(location: Location, *, show: Request | None = None) -> Inspection:
+    """Describe a shard, by path or URL, or a set, and one of its samples where asked for.
 
     Of a set only the manifest, the plain columns and the first shard of each split are read. Raises ShardError where
-    nothing can be opened, ValueError where there is no such sample or position; damage that leaves a shard readable is
-    reported, not raised.
+    nothing can be opened, InvalidRequest where there is no such sample or position; damage that leaves a shard readable
+    is reported, not raised.
     """
     if isinstance(location, Path) and location.is_file():
-        return _inspect_shard(location, location.parent, str(location), show, cache)
-    if remote := _REMOTE_SHARD.fullmatch(str(location)):
-        folder = remote["folder"] + (remote["options"] or "")
-        storage = storage_at(folder, cache=cache)
+        return _inspect_shard(location, storage_at(location.parent), str(location), show)
+    if isinstance(location, str) and (remote := _REMOTE_SHARD.fullmatch(location)):
+        storage = storage_at(remote["folder"] + (remote["options"] or ""))
         path = storage.local(remote["name"], sha256=remote["sha256"])
-        return _inspect_shard(path, folder, storage.where(remote["name"]), show, cache)
-    return _inspect_set(ShardSet(location, cache=cache), show)
+        return _inspect_shard(path, storage, storage.where(remote["name"]), show)
+    return _inspect_set(ShardSet(location), show)
 
 
-def _inspect_shard(
-    path: Path, folder: Path | str, called: str, show: Request | None, cache: ObjectCache | None
-) -> Inspection:
+def _inspect_shard(path: Path, around: Storage, called: str, show: Request | None) -> Inspection:
     with ShardReader.open(path, called=called) as shard:
         view = None
         if show is not None:
             _require_sample(called, show.sample, len(shard))
-            decode = _decode_beside(folder, show, cache)
+            decode = _decode_beside(around, show)
             view = view_sample(shard, show.sample, decode=decode, positions=show.positions)
         return _inspection(called, [shard], shard.numbers, shards=1, size=shard.size, fidelity={}, sample=view)
 
@@ -141,7 +135,7 @@ def _inspect_set(shards: ShardSet, show: Request | None) -> Inspection:
         numbers,
         shards=totals["shards"],
         size=totals["bytes"],
-        fidelity=_fidelity(shards),
+        fidelity=shards.fidelity(),
         sample=view,
     )
 
@@ -177,14 +171,6 @@ def _inspection(
     )
 
 
-def _fidelity(shards: ShardSet) -> Mapping[str, float]:
-    if FIDELITY_FILE not in shards.manifest.teacher_files:
-        return {}
-    shards.verify_teacher_file(FIDELITY_FILE)
-    found: Mapping[str, float] = json.loads((shards.teacher_folder / FIDELITY_FILE).read_text(encoding="utf-8"))
-    return found
-
-
 def _bytes_by_column(opened: Sequence[ShardReader]) -> dict[str, int]:
     sizes = sum((Counter(shard.column_sizes()) for shard in opened), Counter[str]())
     return {**sizes, "framing": sum(shard.size for shard in opened) - sizes.total()}
@@ -205,14 +191,14 @@ def _bytes_per_position(opened: Sequence[ShardReader]) -> dict[str, float]:
     return {name: part / positions for name, part in parts.items()}
 
 
-def _decode_beside(folder: Path | str, show: Request, cache: ObjectCache | None) -> Decode | None:
+def _decode_beside(around: Storage, show: Request) -> Decode | None:
     """By the tokenizer of the set that a shard lies in; a shard that travels alone shows ids."""
     try:
-        return show.decoder(ShardSet(folder, cache=cache).teacher_folder)
+        return show.decoder(ShardSet(around).teacher_folder)
     except ShardError:
         return None
 
 
 def _require_sample(where: str, sample: int, count: int) -> None:
     if not 0 <= sample < count:
-        raise ValueError(f"{where} has samples 0 to {count - 1}, not {sample}")
+        raise InvalidRequest(f"{where} has samples 0 to {count - 1}, not {sample}", hint="samples are counted from 0")

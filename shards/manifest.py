@@ -19,7 +19,7 @@ from shards.contract import Contract
 from shards.errors import ContractMismatch, Corrupt
 from shards.sealed_json import read_sealed, sealed
 from shards.storage import RESTORE_FILE, Location, Storage, storage_at
-from shards.units import Published, ShardInfo, describe, require_name, unit_of
+from shards.units import GO_ON, Published, ShardInfo, describe, require_name, unit_of
 
 __all__ = [
     "Manifest",
@@ -153,10 +153,10 @@ def read_contract(location: Location) -> Contract:
 
 
 def read_manifest(location: Location) -> Manifest:
-    """The manifest of a complete set. Raises Incomplete where stage one has not finished, Corrupt, UnknownVersion."""
+    """The manifest of a complete set. Raises Incomplete where it is not finished, Corrupt, UnknownVersion."""
     storage = storage_at(location)
     begun = storage.size(CONTRACT_NAME) is not None
-    hint = "run stage one again: it goes on where it stopped" if begun else "run stage one to make the shards"
+    hint = GO_ON if begun else "run stage one to make the shards"
     document, where = read_sealed(storage, MANIFEST_NAME, hint=hint), storage.where(MANIFEST_NAME)
     contract = _contract(document, where)
     try:

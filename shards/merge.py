@@ -9,61 +9,33 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
+from shards.assembly import Progress, Unit, make_set
 from shards.contract import Contract
-from shards.errors import ContractMismatch
-from shards.manifest import (
-    FIDELITY_FILE,
-    TABLES_NAME,
-    Manifest,
-    begin,
-    is_sealed,
-    publish_teacher_files,
-    read_manifest,
-    seal,
-)
-from shards.object_cache import ObjectCache
+from shards.errors import ContractMismatch, InvalidRequest
+from shards.manifest import FIDELITY_FILE, Manifest
 from shards.reader import ShardSet
-from shards.shard import ShardReader
-from shards.storage import Location, Storage, storage_at
-from shards.units import ShardInfo, describe, publish_unit, published_units
+from shards.storage import Location, storage_at
+from shards.units import ShardInfo, unit_name, unit_of
 from shards.writer import build_shard, rewrapped
 
-Progress = Callable[[int, int], None]
-"""Told how many records of how many are done."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """A shard of a source under its name in the merged set."""
-
-    name: str
-    source: ShardSet
-    info: ShardInfo
-
-
-def merge_sets(
-    sources: Sequence[Location],
-    target: Location,
-    *,
-    progress: Progress | None = None,
-    cache: ObjectCache | None = None,
-) -> Manifest:
+def merge_sets(sources: Sequence[Location], target: Location, *, progress: Progress | None = None) -> Manifest:
     """Make one set of several: split by split their shards in the order given, every sample once.
 
-    Stopped and called again with the same sources, it goes on. Raises ValueError for fewer than two sources or a sample
-    that is in two of them, ContractMismatch where they differ in anything but the corpus, or where `target` holds
-    another set, and what reading a damaged source raises.
+    `progress` is told records. Stopped and called again with the same sources, it goes on. Raises InvalidRequest for
+    fewer than two sources or a sample that is in two of them, ContractMismatch where they differ in anything but the
+    corpus, or where `target` holds another set, and what reading a damaged source raises.
     """
     if len(sources) < 2:
-        raise ValueError("merging takes at least two sets")
-    sets = [ShardSet(source, cache=cache) for source in sources]
-    contract, storage = _common_contract(sets), storage_at(target, cache=cache)
+        raise InvalidRequest("merging takes at least two sets", hint="name another set of the same teacher")
+    sets = [ShardSet(source) for source in sources]
+    contract, files = _common_contract(sets), _common_teacher_files(sets)
     _require_apart(sets)
-    files = _common_teacher_files(sets)
-    return _make(storage, contract, list(_plan(sets)), files, progress)
+    return _made(sets, target, contract, _numbered(sets), files, progress)
 
 
 def leaked_prompts(sources: Sequence[Location]) -> int:
@@ -91,50 +63,53 @@ def _prompts(shards: ShardSet, *, train: bool) -> Iterator[bytes]:
             shard.release_pages()
 
 
-def copy_set(
-    source: Location, target: Location, *, progress: Progress | None = None, cache: ObjectCache | None = None
-) -> Manifest:
+def copy_set(source: Location, target: Location, *, progress: Progress | None = None) -> Manifest:
     """Make the same set in another place, folder or object store; stopped and called again, it goes on.
 
-    Raises ContractMismatch where `target` holds another set, and what reading a damaged source raises.
+    `progress` is told records. Raises ContractMismatch where `target` holds another set, and what reading a damaged
+    source raises.
     """
-    shards = ShardSet(source, cache=cache)
-    for name in shards.manifest.teacher_files:
-        shards.verify_teacher_file(name)
-    files = {name: (shards.teacher_folder / name).read_bytes() for name in shards.manifest.teacher_files}
-    units = [_Unit(shards.open(info).unit, shards, info) for info in shards.manifest.shards]
-    return _make(storage_at(target, cache=cache), shards.contract, units, files, progress)
+    shards = ShardSet(source)
+    named = ((unit_of(info), shards, info) for info in shards.manifest.shards)
+    return _made([shards], target, shards.contract, named, shards.manifest.teacher_files, progress)
 
 
-def _make(
-    storage: Storage,
+def _made(
+    sets: Sequence[ShardSet],
+    target: Location,
     contract: Contract,
-    units: Sequence[_Unit],
-    files: Mapping[str, bytes],
+    named: Iterable[tuple[str, ShardSet, ShardInfo]],
+    files: Iterable[str],
     progress: Progress | None,
 ) -> Manifest:
-    begin(storage, contract)
-    if is_sealed(storage):
-        return read_manifest(storage)
-    tables = units[0].source.open(units[0].info).tables
-    if tables is not None:
-        storage.publish(TABLES_NAME, tables)
-    done, total = 0, sum(unit.info.records for unit in units)
-    there, infos = published_units(storage), list[ShardInfo]()
-    for unit in units:
-        if unit.name in there:
-            infos.append(describe(storage, there[unit.name], contract).info)
-        else:
-            unit.source.verify_shard(unit.info)
-            data = _taken(unit.source.open(unit.info), unit.name, contract, tables)
-            infos.append(publish_unit(storage, unit.name, data, contract))
-        done += unit.info.records
-        if progress is not None:
-            progress(done, total)
-    return seal(storage, contract, infos, teacher_folder=publish_teacher_files(storage, files))
+    """Of the shards of `sets` under new names, with the tables and these teacher's files of the first."""
+    first = sets[0]
+    tables = first.open(first.manifest.shards[0]).tables
+    return make_set(
+        storage_at(target),
+        contract,
+        (
+            Unit(name=name, size=info.records, make=partial(_taken, shards, info, name, contract, tables))
+            for name, shards, info in named
+        ),
+        lambda: {name: first.teacher_file(name) for name in files},
+        total=sum(shards.manifest.totals()["records"] for shards in sets),
+        tables=tables,
+        progress=progress,
+    )
 
 
-def _taken(shard: ShardReader, unit: str, contract: Contract, tables: bytes | None) -> bytes:
+def _numbered(sets: Sequence[ShardSet]) -> Iterator[tuple[str, ShardSet, ShardInfo]]:
+    numbers = Counter[str]()
+    for shards in sets:
+        for info in shards.manifest.shards:
+            yield unit_name(info.split, numbers[info.split]), shards, info
+            numbers[info.split] += 1
+
+
+def _taken(shards: ShardSet, info: ShardInfo, unit: str, contract: Contract, tables: bytes | None) -> bytes:
+    shards.verify_shard(info)
+    shard = shards.open(info)
     if shard.contract.tables == contract.tables:
         return rewrapped(shard, unit, contract)
     records = [shard[row] for row in range(len(shard))]
@@ -156,7 +131,7 @@ def _common_contract(sets: Sequence[ShardSet]) -> Contract:
     return replace(first, corpus_fingerprint=merged_corpus([shards.contract.corpus_fingerprint for shards in sets]))
 
 
-def _common_teacher_files(sets: Sequence[ShardSet]) -> dict[str, bytes]:
+def _common_teacher_files(sets: Sequence[ShardSet]) -> list[str]:
     """All but what was measured on one set alone."""
     first = _made_of_the_teacher(sets[0])
     for other in sets[1:]:
@@ -166,9 +141,7 @@ def _common_teacher_files(sets: Sequence[ShardSet]) -> dict[str, bytes]:
                 f"{different[0]} of the teacher is not the same in {sets[0].where} and {other.where}",
                 hint="merge sets that were made with the same settings of the teacher",
             )
-    for name in first:
-        sets[0].verify_teacher_file(name)
-    return {name: (sets[0].teacher_folder / name).read_bytes() for name in first}
+    return list(first)
 
 
 def _made_of_the_teacher(shards: ShardSet) -> dict[str, str]:
@@ -180,13 +153,8 @@ def _require_apart(sets: Sequence[ShardSet]) -> None:
     for shards in sets:
         for name in shards.columns.sample_ids(slice(None)).to_pylist():
             if name in seen:
-                raise ValueError(f"sample {name!r} is in {seen[name]} and again in {shards.where}")
+                raise InvalidRequest(
+                    f"sample {name!r} is in {seen[name]} and again in {shards.where}",
+                    hint="merge sets of different corpora, each named once",
+                )
             seen[name] = shards.where
-
-
-def _plan(sets: Sequence[ShardSet]) -> Iterator[_Unit]:
-    numbers = Counter[str]()
-    for shards in sets:
-        for info in shards.manifest.shards:
-            yield _Unit(f"{info.split}-{numbers[info.split]:05d}", shards, info)
-            numbers[info.split] += 1

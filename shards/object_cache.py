@@ -35,11 +35,12 @@ class ObjectCache:
     """One folder of copies. Threads and processes may share it."""
 
     def __init__(self, folder: Path | None = None, *, limit: int | None = None) -> None:
-        """`limit` in bytes; by default what $MINICODFORMER_SHARD_CACHE_GB says, else 64 GiB. ValueError below 1."""
+        """`limit` in bytes, at least 1; by default what $MINICODFORMER_SHARD_CACHE_GB says, else 64 GiB.
+
+        Raises StorageFailed where that is no size.
+        """
         self.folder = user_cache() / "shards" if folder is None else folder
         self.limit = _limit_from_environment() if limit is None else limit
-        if self.limit < 1:
-            raise ValueError(f"a cache of {self.limit} bytes holds nothing")
         self._checked: set[str] = set()
 
     def path(self, sha256: str, size: int | None, fetch: Callable[[Path], None], *, called: str) -> Path:
@@ -71,7 +72,7 @@ class ObjectCache:
         """Whether a whole copy is there: before that is looked at, which may take long, and still afterwards."""
         try:
             os.utime(path)  # now, so that no other process takes it for the least recently used meanwhile
-            whole = sha256 in self._checked or _sha256(path) == sha256
+            whole = sha256 in self._checked or file_sha256(path) == sha256
             if not whole or size not in (None, path.stat().st_size):
                 return False
         except FileNotFoundError:
@@ -148,7 +149,10 @@ def _limit_from_environment() -> int:
     stated = os.environ.get("MINICODFORMER_SHARD_CACHE_GB")
     if stated is None:
         return DEFAULT_LIMIT
-    try:
-        return int(float(stated) * (1 << 30))
-    except (ValueError, OverflowError) as error:  # the latter for "inf"
-        raise ValueError(f"MINICODFORMER_SHARD_CACHE_GB must be a number of GiB, not {stated!r}") from error
+    with contextlib.suppress(ValueError, OverflowError):  # the latter for "inf"
+        if (limit := int(float(stated) * (1 << 30))) >= 1:
+            return limit
+    raise StorageFailed(
+        f"MINICODFORMER_SHARD_CACHE_GB must be a number of GiB above 0, not {stated!r}",
+        hint="set it above the size of the set, or unset it: then it is 64",
+    )

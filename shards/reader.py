@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import overload
@@ -21,10 +23,9 @@ from numpy.typing import NDArray
 
 from shards.columns import Columns, columns_of
 from shards.contract import Contract
-from shards.errors import Corrupt, Incomplete, Truncated
+from shards.errors import Corrupt, Incomplete, Truncated, unreadable
 from shards.framing import RESTORE
-from shards.manifest import MANIFEST_NAME, Manifest, read_manifest
-from shards.object_cache import ObjectCache
+from shards.manifest import FIDELITY_FILE, MANIFEST_NAME, Manifest, read_manifest
 from shards.record import Record
 from shards.shard import ShardReader
 from shards.storage import RESTORE_FILE, Location, Storage, storage_at
@@ -42,13 +43,11 @@ AROUND = 1 << 20
 class ShardSet:
     """A set with a published manifest."""
 
-    def __init__(self, location: Location, *, cache: ObjectCache | None = None) -> None:
-        """`cache` keeps the copies of a remote set, by default in the user's cache.
-
-        Raises Incomplete where stage one has not finished, Corrupt, Truncated, UnknownVersion or StorageFailed, and
+    def __init__(self, location: Location) -> None:
+        """Raises Incomplete where the set is not finished, Corrupt, Truncated, UnknownVersion or StorageFailed, and
         ValueError for a URL of an unknown kind.
         """
-        self.storage: Storage = storage_at(location, cache=cache)
+        self.storage: Storage = storage_at(location)
         self.manifest: Manifest = read_manifest(self.storage)
         self._open: OrderedDict[str, ShardReader] = OrderedDict()
         self._read = 0
@@ -131,7 +130,24 @@ class ShardSet:
 
     def verify_teacher_file(self, name: str) -> None:
         """Raises Corrupt or Incomplete."""
-        self._require_content(f"{self.manifest.teacher_folder}/{name}", self.manifest.teacher_files[name])
+        self._require_content(self._teacher_name(name), self.manifest.teacher_files[name])
+
+    def teacher_file(self, name: str) -> bytes:
+        """What a file that the student takes from its teacher holds, as it was sealed. Raises Corrupt or Incomplete."""
+        called, sha256 = self._teacher_name(name), self.manifest.teacher_files[name]
+        try:
+            content = self.storage.local(called, sha256=sha256).read_bytes()
+        except OSError as error:
+            raise unreadable(self.storage.where(called), error, missing=RESTORE_FILE) from error
+        self._require_same(called, hashlib.sha256(content).hexdigest(), sha256)
+        return content
+
+    def fidelity(self) -> Mapping[str, float]:
+        """What was measured against the teacher itself, by name; empty where nothing was. Raises as `teacher_file`."""
+        if FIDELITY_FILE not in self.manifest.teacher_files:
+            return {}
+        facts: Mapping[str, float] = json.loads(self.teacher_file(FIDELITY_FILE))
+        return facts
 
     def verify_shard(self, info: ShardInfo) -> None:
         """Raises Truncated, Corrupt, Incomplete or UnknownVersion."""
@@ -141,8 +157,14 @@ class ShardSet:
             where = self.storage.where(info.name)
             raise Corrupt(f"{where} is a whole shard, but not the one of {MANIFEST_NAME}", hint=RESTORE)
 
+    def _teacher_name(self, name: str) -> str:
+        return f"{self.manifest.teacher_folder}/{name}"
+
     def _require_content(self, name: str, sha256: str) -> None:
-        if self.storage.sha256(name) != sha256:
+        self._require_same(name, self.storage.sha256(name), sha256)
+
+    def _require_same(self, name: str, found: str, sha256: str) -> None:
+        if found != sha256:
             raise Corrupt(f"{self.storage.where(name)} differs from {MANIFEST_NAME}", hint=RESTORE_FILE)
 
     def _path(self, info: ShardInfo) -> Path:

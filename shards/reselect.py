@@ -6,71 +6,66 @@ exactly at the nodes. The entropy is that of the full distribution and stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.assembly import Progress, Unit, make_set
 from shards.codec import codec_for
-from shards.contract import Selection
+from shards.contract import Contract, Selection
+from shards.errors import InvalidRequest
 from shards.learnt import EXAMPLES, tables_budget, with_tables
-from shards.manifest import FIDELITY_FILE, Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
-from shards.object_cache import ObjectCache
+from shards.manifest import FIDELITY_FILE, Manifest
 from shards.reader import ShardSet
 from shards.record import Float32, Float64, Record
 from shards.storage import Location, storage_at
-from shards.units import ShardInfo, describe, published_units
-from shards.writer import write_shard
-
-Progress = Callable[[int, int], None]
-"""Told how many records of how many are done."""
+from shards.units import ShardInfo, unit_of
+from shards.writer import build_shard
 
 
 def reselect_set(
-    source: Location,
-    target: Location,
-    selection: Selection,
-    *,
-    codec: str | None = None,
-    progress: Progress | None = None,
-    cache: ObjectCache | None = None,
+    source: Location, target: Location, selection: Selection, *, progress: Progress | None = None
 ) -> Manifest:
-    """Make a set that keeps fewer ids a position; `codec` writes it, by default the source's.
+    """Make a set that keeps fewer ids a position; whether its tail is known is told by the source.
 
-    What the source's codec lost is lost: the values are those that it decodes. Stopped and called again, it goes on.
-    Raises ValueError for a selection that the source does not hold, UnknownVersion for a codec that cannot carry it,
-    ContractMismatch where `target` holds another set, and what reading a damaged source raises.
+    What the source's codec lost is lost: the values are those that it decodes. `progress` is told records. Stopped and
+    called again, it goes on. Raises InvalidRequest for a selection that the source does not hold, UnknownVersion for
+    one that its codec cannot carry, ContractMismatch where `target` holds another set, and what reading a damaged
+    source raises.
     """
-    shards = ShardSet(source, cache=cache)
-    require_held(shards.contract.selection, selection)
-    contract = replace(shards.contract, selection=selection, codec=codec or shards.contract.codec)
-    storage = storage_at(target, cache=cache)
+    shards, storage = ShardSet(source), storage_at(target)
+    held = shards.contract.selection
+    selection = replace(selection, tail_known=held.tail_known)
+    require_held(held, selection)
     contract, tables = with_tables(
-        storage, contract, lambda: _examples(shards, selection), budget=tables_budget(_positions_a_shard(shards))
+        storage,
+        replace(shards.contract, selection=selection),
+        lambda: _examples(shards, selection),
+        budget=tables_budget(_positions_a_shard(shards)),
     )
     codec_for(contract, tables)
-    begin(storage, contract)
-    if is_sealed(storage):
-        return read_manifest(storage)
-    done, total = 0, shards.manifest.totals()["records"]
-    there, infos = published_units(storage), list[ShardInfo]()
-    for info in shards.manifest.shards:
-        shard = shards.open(info)
-        if shard.unit in there:
-            infos.append(describe(storage, there[shard.unit], contract).info)
-        else:
-            records = [reselected(shard[row], selection, contract.curve) for row in range(len(shard))]
-            infos.append(write_shard(storage, shard.unit, shard.split, contract, records, tables=tables))
-        done += info.records
-        if progress is not None:
-            progress(done, total)
-    for name in shards.manifest.teacher_files:
-        shards.verify_teacher_file(name)
     # The fidelity was measured on the larger selection.
     names = [name for name in shards.manifest.teacher_files if name != FIDELITY_FILE]
-    folder = publish_teacher_files(storage, {name: (shards.teacher_folder / name).read_bytes() for name in names})
-    return seal(storage, contract, infos, teacher_folder=folder)
+    return make_set(
+        storage,
+        contract,
+        (
+            Unit(name=unit_of(info), size=info.records, make=partial(_narrowed, shards, info, contract, tables))
+            for info in shards.manifest.shards
+        ),
+        lambda: {name: shards.teacher_file(name) for name in names},
+        total=shards.manifest.totals()["records"],
+        progress=progress,
+    )
+
+
+def _narrowed(shards: ShardSet, info: ShardInfo, contract: Contract, tables: bytes | None) -> bytes:
+    shard = shards.open(info)
+    records = [reselected(shard[row], contract.selection, contract.curve) for row in range(len(shard))]
+    return build_shard(unit_of(info), info.split, contract, records, tables=tables)
 
 
 def _examples(shards: ShardSet, selection: Selection) -> list[Record]:
@@ -85,17 +80,21 @@ def _positions_a_shard(shards: ShardSet) -> int:
 
 
 def require_held(old: Selection, new: Selection) -> None:
-    """Raise ValueError where `new` keeps what `old` did not."""
+    """Raise InvalidRequest where `new` keeps what `old` did not."""
+    if (refused := _refused(old, new)) is not None:
+        raise InvalidRequest(refused, hint="a set can only lose ids: fewer k, less mass, a higher floor")
+
+
+def _refused(old: Selection, new: Selection) -> str | None:
     if old.kind == "sample":
-        raise ValueError("a sampled set has no exact ids to choose from")
+        return "a sampled set has no exact ids to choose from"
     if new.kind not in ("topk", "adaptive"):
-        raise ValueError(f"a selection {new.kind!r} draws, and drawing needs the teacher")
+        return f"a selection {new.kind!r} draws, and drawing needs the teacher"
     if old.kind == "adaptive" and (new.kind != "adaptive" or new.mass > old.mass or new.floor < old.floor):
-        raise ValueError("an adaptive set can only become one of at most its mass and at least its floor")
+        return "an adaptive set can only become one of at most its mass and at least its floor"
     if new.k > old.k:
-        raise ValueError(f"the set keeps {old.k} ids a position, not {new.k}")
-    if new.tail_known != old.tail_known:
-        raise ValueError("whether the tail is known is not chosen")
+        return f"the set keeps {old.k} ids a position, not {new.k}"
+    return None
 
 
 def reselected(record: Record, selection: Selection, curve: Sequence[float]) -> Record:

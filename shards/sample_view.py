@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shards.errors import InvalidRequest
 from shards.record import AttentionSummary, Record
 from shards.shard import ShardReader
 
@@ -89,7 +90,7 @@ def view_sample(
 ) -> SampleView:
     """Decode a row. `positions` count response tokens; by default those of the highest entropy are shown.
 
-    Raises Corrupt naming shard and row, ValueError for a position without a prediction.
+    Raises Corrupt naming shard and row, InvalidRequest for a position without a prediction.
     """
     record = shard[row]
     first, last = record.first_position, record.first_position + record.positions - 1
@@ -97,7 +98,10 @@ def view_sample(
         uncertain = np.sort(np.argsort(-record.entropy_N, kind="stable")[:POSITIONS])
         positions = (first + uncertain).tolist()
     if outside := [position for position in positions if not first <= position <= last]:
-        raise ValueError(f"the teacher predicted positions {first} to {last} of this sample, not {outside[0]}")
+        raise InvalidRequest(
+            f"the teacher predicted positions {first} to {last} of this sample, not {outside[0]}",
+            hint="positions are response tokens, counted from 0",
+        )
     say = _Speaker(decode)
     layers = shard.contract.attention.layers if shard.contract.attention is not None else ()
     return SampleView(

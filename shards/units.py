@@ -31,6 +31,7 @@ from shards.shard import ShardReader
 from shards.storage import RESTORE_FILE, Storage
 
 UNITS_FOLDER = "units"
+GO_ON = "run the command that makes the set again: it goes on where it stopped"
 _REMAKE = "delete it and run the same command again: it makes anew only what is missing"
 _SHARD_NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,199}")
 _SUFFIX = ".arrow"
@@ -69,6 +70,16 @@ def shard_name(unit: str, sha256: str, *, exclusive: bool) -> str:
     return require_name(name)
 
 
+def unit_name(split: str, number: int) -> str:
+    """How the units of a split are called, counted from 0."""
+    return f"{split}-{number:05d}"
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of a set, by its name there, is a shard."""
+    return name.endswith(_SUFFIX) and "/" not in name
+
+
 def unit_of(shard: ShardInfo) -> str:
     """The unit that became this shard."""
     return shard.name.removesuffix(_SUFFIX).removesuffix(f"-{shard.sha256}")
@@ -97,14 +108,14 @@ def publish_unit(storage: Storage, unit: str, data: bytes, contract: Contract) -
             storage.set_aside(name)  # the torso of an upload that was killed while it failed
         storage.publish(name, data)
         document = _unit_document(_published(storage, name, sha256, data), contract)
-        storage.publish(f"{UNITS_FOLDER}/{unit}-{sha256}.json", sealed(document))
+        storage.publish(_unit_object(name), sealed(document))
     return describe(storage, published_units(storage)[unit], contract).info
 
 
 def published_units(storage: Storage) -> dict[str, str]:
     """The units that are there, each with the name by which `describe` knows it. Lists names, opens nothing."""
     if storage.exclusive:
-        return {name.removesuffix(_SUFFIX): name for name in storage.names() if name.endswith(_SUFFIX)}
+        return {name.removesuffix(_SUFFIX): name for name in storage.names() if is_shard(name)}
     units: dict[str, str] = {}
     for name in storage.names(UNITS_FOLDER):
         if found := _BY_CONTENT.fullmatch(name.removeprefix(f"{UNITS_FOLDER}/")):
@@ -121,7 +132,7 @@ def published_positions(storage: Storage) -> int:
                 with ShardReader.open(storage.local(name, sha256="", size=0)) as shard:
                     total += int(shard.numbers("positions").sum(dtype="int64"))
             else:
-                document = read_sealed(storage, f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json", hint=RESTORE_FILE)
+                document = read_sealed(storage, _unit_object(name), hint=RESTORE_FILE)
                 total += int(document["shard"]["positions"])
     return total
 
@@ -147,6 +158,11 @@ def _not_sealed() -> Iterator[None]:
         raise type(error)(str(error), hint=_REMAKE) from error
 
 
+def _unit_object(name: str) -> str:
+    """The object that publishes a shard in an object store, by the shard's name."""
+    return f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json"
+
+
 def _in_folder(storage: Storage, name: str, contract: Contract, sha256: str | None) -> Published:
     with ShardReader.open(storage.local(name, sha256="", size=0)) as shard:
         contract.require_equal(shard.contract, where=storage.where(name))
@@ -157,13 +173,13 @@ def _in_folder(storage: Storage, name: str, contract: Contract, sha256: str | No
 
 
 def _in_store(storage: Storage, name: str, contract: Contract) -> Published:
-    unit_name = f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json"
-    document = read_sealed(storage, unit_name, hint="run stage one again: it goes on where it stopped")
-    published = _from_document(document, contract, where=storage.where(unit_name), name=name)
+    unit_object = _unit_object(name)
+    document = read_sealed(storage, unit_object, hint=GO_ON)
+    published = _from_document(document, contract, where=storage.where(unit_object), name=name)
     if (size := storage.size(name)) != published.info.bytes:
         raise Incomplete(
             f"{storage.where(name)} has {size or 0} of {published.info.bytes} bytes",
-            hint=f"delete {storage.where(unit_name)} and run the same command again: it makes the shard anew",
+            hint=f"delete {storage.where(unit_object)} and run the same command again: it makes the shard anew",
         )
     return published
 
@@ -171,7 +187,7 @@ def _in_store(storage: Storage, name: str, contract: Contract) -> Published:
 def set_aside_unit(storage: Storage, name: str) -> None:
     """Take a shard out of a set that is not sealed: its unit counts as not done."""
     if not storage.exclusive:
-        storage.set_aside(f"{UNITS_FOLDER}/{name.removesuffix(_SUFFIX)}.json")
+        storage.set_aside(_unit_object(name))
     storage.set_aside(name)
 
 

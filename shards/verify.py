@@ -1,4 +1,4 @@
-"""A whole set against its manifest, byte by byte; what is damaged is set aside, and stage one remakes only that."""
+"""A whole set against its manifest, byte by byte; what is damaged is set aside, and made anew alone."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 
+from shards.assembly import Progress
 from shards.errors import Corrupt, ShardError, StorageFailed, Truncated, UnknownVersion
 from shards.manifest import CONTRACT_NAME, MANIFEST_NAME, TABLES_NAME, read_contract, require_tables
-from shards.object_cache import ObjectCache
 from shards.reader import ShardSet
 from shards.storage import Location, storage_at
-from shards.units import set_aside_unit
+from shards.units import is_shard, set_aside_unit
 
-Progress = Callable[[int, int], None]
-"""Told how many bytes of how many are done."""
 _MOST_THREADS = 8
 
 
@@ -45,15 +43,13 @@ class _Check:
     run: Callable[[], None]
 
 
-def verify_shards(
-    location: Location, *, progress: Progress | None = None, cache: ObjectCache | None = None
-) -> VerifyReport:
+def verify_shards(location: Location, *, progress: Progress | None = None) -> VerifyReport:
     """Check every byte of a set against its manifest, several files at a time, and report all damage.
 
-    A manifest that is damaged itself is reported as such, and nothing else is then. Raises Incomplete where there is
-    none, StorageFailed, UnknownVersion.
+    A manifest that is damaged itself is reported as such, and nothing else is then. `progress` is told bytes. Raises
+    Incomplete where there is none, StorageFailed, UnknownVersion.
     """
-    storage = storage_at(location, cache=cache)
+    storage = storage_at(location)
     try:
         shards = ShardSet(storage)
     except (Corrupt, Truncated) as error:
@@ -87,12 +83,12 @@ def verify_shards(
 def quarantine(location: Location, report: VerifyReport) -> None:
     """Move the damaged files of a set into its folder quarantine/, and its manifest last.
 
-    The set is unfinished from then on: stage one, run again, remakes what is missing, keeps the rest, and seals it.
+    The set is unfinished from then on: what made it, run again, remakes what is missing, keeps the rest, and seals it.
     Killed in between, it can be repeated. Raises StorageFailed.
     """
     storage = storage_at(location)
     for name in report.damage:
-        if name.endswith(".arrow") and "/" not in name:
+        if is_shard(name):
             set_aside_unit(storage, name)
         elif name != MANIFEST_NAME:
             storage.set_aside(name)

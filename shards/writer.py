@@ -19,7 +19,7 @@ from shards.record import Int32, Record
 from shards.schema import MAX_COLUMN_BYTES, MAX_ROWS, TABLES, cell_check, cell_names, fixed_parts, schema_for
 from shards.shard import ShardReader
 from shards.storage import Location, storage_at
-from shards.units import ShardInfo, publish_unit, require_name
+from shards.units import ShardInfo, publish_unit
 from shards.validation import require_valid
 
 
@@ -38,10 +38,8 @@ def write_shard(
     it is known to be of the same contract.
     Raises InvalidRecord, StorageFailed, ContractMismatch, or what reading a damaged earlier shard raises.
     """
-    require_name(f"{unit}.arrow")
-    return publish_unit(
-        storage_at(location), unit, build_shard(unit, split, contract, records, tables=tables), contract
-    )
+    data = build_shard(unit, split, contract, records, tables=tables)
+    return publish_unit(storage_at(location), unit, data, contract)
 
 
 def build_shard(

@@ -38,7 +38,7 @@ def inspect_shard(
 def verify_shards(
     path: Annotated[str, typer.Argument(help="The folder or URL of a shard set.")],
     set_aside: Annotated[
-        bool, typer.Option("--quarantine", help="Set damaged files aside, for stage one to make anew.")
+        bool, typer.Option("--quarantine", help="Set damaged files aside, for what made the set to make anew.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -135,7 +135,7 @@ def import_cache(
     """Make a shard set of log-probabilities that vLLM dumped, or DistillKit wrote as Parquet.
 
     The mass outside the kept ids is marked as not known, and losses that need it refuse the set. Stopped and started
-    again, it goes on.
+    again, it goes on. What a line of the JSONL holds: docs/teacher_cache.md.
     """
     from pipeline.shard_tools import import_cache as import_dump
 

@@ -58,8 +58,7 @@ def _publish(
     student.save_pretrained(temporary)
     for name in shards.manifest.teacher_files:
         if name != HEAD_PCA_FILE:
-            shards.verify_teacher_file(name)
-            shutil.copyfile(shards.teacher_folder / name, temporary / name)
+            (temporary / name).write_bytes(shards.teacher_file(name))
     (temporary / FACTS).write_text(json.dumps(dict(facts), indent=1) + "\n", encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
         sync(path)

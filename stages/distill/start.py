@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from shards.contract import Contract
 from shards.manifest import HEAD_PCA_FILE, HEAD_PCA_TENSOR
@@ -189,6 +188,4 @@ def _start_from_pca(student: MiniCodformerForConditionalGeneration, shards: Shar
     if HEAD_PCA_FILE not in shards.manifest.teacher_files:
         emit(Note(stage=STAGE, text="the shards carry no components of the teacher's head: a random embedding it is"))
         return
-    shards.verify_teacher_file(HEAD_PCA_FILE)
-    path: Path = shards.teacher_folder / HEAD_PCA_FILE
-    student.init_embedding_from_pca(load_file(path)[HEAD_PCA_TENSOR])
+    student.init_embedding_from_pca(load(shards.teacher_file(HEAD_PCA_FILE))[HEAD_PCA_TENSOR])

@@ -1,22 +1,16 @@
 """What others dumped of a teacher as shards: the k most probable ids, of a tail that nobody summed up.
 
 A folder with DistillKit's Parquet and compression_config.yaml (`distillkit`): its samples are split as a corpus is, one
-in about fifty for validation, by their prompts. Or a file of vLLM's `prompt_logprobs`, one JSON object a line:
-
-    {"prompt_token_ids": [5, 17, …],                  prompt and response
-     "prompt_logprobs": [null, {"17": {"logprob": -0.1, …}, …}, …],
-     "prompt_length": 12, "id": "…", "split": "dev"}
-
-The first two are as vLLM's `RequestOutput` and its OpenAI server name them; a log-probability may also stand bare.
-`prompt_length` says how many tokens come before the response (1), `id` names the sample (its line), `split` is train
-(the default) or dev. vLLM adds the token that stands at a position to its k most probable: what exceeds k is dropped.
+in about fifty for validation, by their prompts. Or a file of vLLM's `prompt_logprobs`, one JSON object a line, as
+docs/teacher_cache.md says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,17 +19,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.contract import Contract, Selection
+from shards.assembly import Progress, Unit, make_set
+from shards.contract import MAX_KEPT, Contract, Selection
 from shards.durable import file_sha256
 from shards.errors import InvalidRecord
 from shards.learnt import EXAMPLES, tables_budget, with_tables
-from shards.manifest import Manifest, begin, is_sealed, publish_teacher_files, read_manifest, seal
+from shards.manifest import Manifest
 from shards.planes.codec import Planes3
 from shards.record import Record
 from shards.storage import Location, storage_at
-from shards.units import ShardInfo, describe, published_units
+from shards.units import unit_name
 from shards.validation import require_valid
-from shards.writer import write_shard
+from shards.writer import build_shard
 from stages.corpus.store import SPLITS
 from stages.corpus.tokenizer import ChatTokenizer
 from stages.errors import StageError
@@ -60,7 +55,7 @@ def import_dump(
     k: int,
     pca_width: int,
     thinking: bool,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Make a shard set of a dump; stopped and called again, it goes on. `progress` is told bytes of the dump.
 
@@ -68,6 +63,8 @@ def import_dump(
     StageError naming the line or row that is none, ContractMismatch where `target` holds another set.
     """
     facts, tokenizer = read_facts(teacher_folder), ChatTokenizer.load(teacher_folder, thinking=thinking)
+    if k > (most := min(MAX_KEPT, facts.vocab_size)):
+        raise StageError(f"a set of this teacher has up to {most} ids a position, not {k}", hint=f"--k {most} or fewer")
     files = parquet_files(dump) if dump.is_dir() else [dump]
     contract = Contract(
         codec=Planes3.name,
@@ -89,20 +86,17 @@ def import_dump(
     first = [record for _, record, _ in islice(read(dump, contract), RECORDS_PER_SHARD)]
     budget = tables_budget(sum(record.positions for record in first))
     contract, tables = with_tables(storage, contract, lambda: first[:EXAMPLES], budget=budget)
-    begin(storage, contract)
-    if is_sealed(storage):
-        return read_manifest(storage)
-    there, total = published_units(storage), sum(path.stat().st_size for path in files)
-    infos = list[ShardInfo]()
-    for unit, split, records, done in _units(read(dump, contract)):
-        if unit in there:
-            infos.append(describe(storage, there[unit], contract).info)
-        else:
-            infos.append(write_shard(storage, unit, split, contract, records, tables=tables))
-        if progress is not None:
-            progress(done, total)
-    taken = teacher_files(teacher_folder, storage, pca_width=pca_width, thinking=thinking)
-    return seal(storage, contract, infos, teacher_folder=publish_teacher_files(storage, taken))
+    return make_set(
+        storage,
+        contract,
+        (
+            Unit(name=name, size=size, make=partial(build_shard, name, split, contract, records, tables=tables))
+            for name, split, records, size in _units(read(dump, contract))
+        ),
+        lambda: teacher_files(teacher_folder, storage, pca_width=pca_width, thinking=thinking),
+        total=sum(path.stat().st_size for path in files),
+        progress=progress,
+    )
 
 
 def read_dump(dump: Path, contract: Contract) -> Iterator[tuple[str, Record, int]]:
@@ -227,14 +221,15 @@ def _most_probable(said: Mapping[str, Any] | None, position: int, k: int) -> lis
 
 
 def _units(records: Iterator[tuple[str, Record, int]]) -> Iterator[tuple[str, str, list[Record], int]]:
-    """Name, split, records and bytes read of every shard, each full but the last of its split."""
+    """Name, split and records of every shard, each full but the last of its split, and the bytes read for it."""
     waiting: dict[str, list[Record]] = {split: [] for split in SPLITS}
-    written, done = dict.fromkeys(SPLITS, 0), 0
+    written, done, told = dict.fromkeys(SPLITS, 0), 0, 0
     for split, record, done in records:
         waiting[split].append(record)
         if len(waiting[split]) == RECORDS_PER_SHARD:
-            yield f"{split}-{written[split]:05d}", split, waiting[split], done
-            waiting[split], written[split] = [], written[split] + 1
+            yield unit_name(split, written[split]), split, waiting[split], done - told
+            waiting[split], written[split], told = [], written[split] + 1, done
     for split, rest in waiting.items():
         if rest:
-            yield f"{split}-{written[split]:05d}", split, rest, done
+            yield unit_name(split, written[split]), split, rest, done - told
+            told = done

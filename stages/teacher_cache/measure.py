@@ -15,19 +15,18 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from shards.contract import Contract
-from shards.fidelity import Fidelity
-from shards.manifest import FIDELITY_FILE, TEACHER_FOLDER, ShardInfo, publish_teacher_files, read_manifest
+from shards.fidelity import KL_AS_ONE, MEAN, Fidelity
+from shards.manifest import FIDELITY_FILE, TEACHER_FOLDER, ShardInfo, publish_teacher_files
 from shards.record import Record
-from shards.sealed_json import MAX_DOCUMENT_BYTES
 from shards.shard import ShardReader
-from shards.storage import Location, Storage, storage_at
+from shards.storage import Storage
 from shards.writer import write_shard
 from stages.corpus.sample import Sample
 from stages.events import Emit, Note
 from stages.teacher_cache.replica import STAGE, Replica, ReplicaDied
 
 _POSITIONS = 512
-_KL = "KL(full || decoded), the rest as one, mean"
+_KL = f"{KL_AS_ONE}, {MEAN}"
 _OF_ANOTHER = " (another pass)"
 
 
@@ -58,18 +57,6 @@ def measured_fidelity(
             publish_teacher_files(storage, files)
         return files
     return {}
-
-
-def read_fidelity(location: Location) -> Mapping[str, float]:
-    """What was measured on a whole set; empty where nothing was."""
-    storage = storage_at(location)
-    manifest = read_manifest(storage)
-    if FIDELITY_FILE not in manifest.teacher_files:
-        return {}
-    facts: Mapping[str, float] = json.loads(
-        storage.read(f"{manifest.teacher_folder}/{FIDELITY_FILE}", most=MAX_DOCUMENT_BYTES)
-    )
-    return facts
 
 
 def _chosen(storage: Storage, shards: Sequence[ShardInfo]) -> list[Record]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
+from shards.units import unit_name
 from stages.corpus.sample import Sample
 
 
@@ -29,7 +30,7 @@ def plan_units(splits: Mapping[str, Sized], records_per_shard: int) -> list[Unit
     """The units of each split in turn: train-00000, train-00001, ..., each full but the last of its split."""
     return [
         Unit(
-            name=f"{split}-{index:05d}",
+            name=unit_name(split, index),
             split=split,
             start=start,
             stop=min(start + records_per_shard, len(samples)),

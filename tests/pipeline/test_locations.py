@@ -84,19 +84,6 @@ def test_an_export_is_written_into_a_folder_only(finished_run: Path) -> None:
         shard_tools.export(str(finished_run / "shards"), "s3://a/b", kind="parquet")
 
 
-def test_only_the_look_up_of_a_sample_is_the_users_mistake(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = str(finished_run / "shards")
-    with pytest.raises(UsageError, match="has samples 0 to 5, not 6"):
-        inspection.inspection_lines(shards, sample=6, positions=None, as_json=False)
-
-    def fail(*_: object, **__: object) -> None:
-        raise ValueError("a fault of ours")
-
-    monkeypatch.setattr(inspection, "inspect", fail)
-    with pytest.raises(ValueError, match="a fault of ours"):
-        inspection.inspection_lines(shards, sample=None, positions=None, as_json=False)
-
-
 def test_what_the_system_refuses_comes_with_what_to_do(file: str) -> None:
     """Of every kind of path that cannot be what it is named as."""
     for refused in (

@@ -31,6 +31,25 @@ def sha256(*parts: bytes) -> bytes:
     return hashlib.sha256(b"".join(parts)).hexdigest().encode()
 
 
+def require_selection(contract: dict[str, Any]) -> None:
+    """Section 2."""
+    selection, curve = contract["selection"], contract["curve"]
+    kind, k, draws = selection["kind"], selection["k"], selection["draws"]
+    assert kind in ("topk", "adaptive", "hybrid", "sample")
+    assert k == 0 if kind == "sample" else 1 <= k <= min(4096, contract["vocab_size"])
+    assert 1 <= draws <= 4096 if kind in ("hybrid", "sample") else draws == 0
+    if kind == "adaptive":
+        assert 0 < selection["mass"] <= 1
+        assert 0 <= selection["floor"] < 1
+    else:
+        assert (selection["mass"], selection["floor"]) == (1, 0)
+    assert selection["logprobs"] or kind == "sample"
+    assert selection["tail_known"] or (kind in ("topk", "adaptive") and not curve)
+    assert len(curve) <= 8
+    assert all(0 < exponent < 1 for exponent in curve)
+    assert curve == sorted(set(curve), reverse=True)
+
+
 class Shard:
     """Sections 3 and 4."""
 
@@ -39,6 +58,8 @@ class Shard:
         self.contract = json.loads(file.schema.metadata[b"contract"])
         assert self.contract["format_version"] in (1, 2)
         assert self.contract["codec"] in ("topk-planes/1", "planes/3")
+        if self.contract["format_version"] == 2:
+            require_selection(self.contract)
         assert file.schema.metadata[b"bytes"] == b"%020d" % len(data)
         assert file.num_record_batches == 1
         self.batch = file.get_batch(0)

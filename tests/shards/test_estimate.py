@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shards.errors import InvalidRequest
 from shards.estimate import estimate_size, extrapolate
 from shards.manifest import read_manifest
 
@@ -38,7 +39,7 @@ def test_a_set_extrapolated_to_itself_is_itself(folder: Path) -> None:
 
 def test_too_little_is_refused() -> None:
     one = np.ones(1)
-    with pytest.raises(ValueError, match="two records"):
+    with pytest.raises(InvalidRequest, match="two records"):
         extrapolate(one, one, 10)
-    with pytest.raises(ValueError, match="a planned position"):
+    with pytest.raises(InvalidRequest, match="a planned position"):
         extrapolate(np.ones(2), np.ones(2), 0)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.contract import AttentionSpec, Contract, Selection
-from shards.errors import Corrupt
+from shards.errors import Corrupt, InvalidRequest
 from shards.export import export_parquet
 from shards.inspect import Request, inspect
 from shards.learnt import with_tables
@@ -179,7 +179,7 @@ def test_a_damaged_shard_leaves_no_file_and_another_set_is_not_overwritten(
     other = tmp_path_factory.mktemp("other")
     begin(other, contract)
     seal(other, contract, [write_shard(other, "train-0", "train", contract, written[3:4])])
-    with pytest.raises(ValueError, match=r"train-0\.parquet comes from another shard"):
+    with pytest.raises(InvalidRequest, match=r"train-0\.parquet comes from another shard"):
         export_parquet(other, target)
 
     (target / "train-1.parquet").unlink()

@@ -43,14 +43,14 @@ def test_a_set_reads_as_the_same_set_in_a_folder(
 ) -> None:
     made = fill(url, contract, records)
     fill(tmp_path / "here", contract, records)
-    here, there = ShardSet(tmp_path / "here"), ShardSet(url, cache=cache)
+    here, there = ShardSet(tmp_path / "here"), ShardSet(storage_at(url, cache=cache))
     assert there.manifest == made
     for name in ("dev", "train"):
         for left, right in zip(here.split(name), there.split(name), strict=True):
             same(left, right)
     assert {path.name: path.read_bytes() for path in there.teacher_folder.iterdir()} == TEACHER
     assert verify_shards(there.storage).intact
-    assert copy_set(url, tmp_path / "down", cache=cache) == read_manifest(tmp_path / "here")
+    assert copy_set(storage_at(url, cache=cache), tmp_path / "down") == read_manifest(tmp_path / "here")
 
 
 def test_an_unfinished_set_is_none_and_goes_on(
@@ -75,14 +75,14 @@ def test_damage_is_found_named_and_set_aside(
     damaged = manifest.shards[1].name
     store.overwrite(url, damaged, store.files(url)[damaged][:-1] + b"?")
     with pytest.raises(Corrupt, match=damaged):
-        ShardSet(url, cache=cache).split("train")[0]
-    report = verify_shards(url, cache=cache)
+        ShardSet(storage_at(url, cache=cache)).split("train")[0]
+    report = verify_shards(storage_at(url, cache=cache))
     assert list(report.damage) == [damaged]
     quarantine(url, report)
     assert f"quarantine/{damaged}" in store.files(url)
     assert sorted(published_units(storage_at(url))) == ["dev-00000", "train-00001"]
     assert fill(url, contract, records) == manifest
-    assert verify_shards(url, cache=cache).intact
+    assert verify_shards(storage_at(url, cache=cache)).intact
 
 
 def test_a_bucket_that_is_not_there_is_named(url: str, contract: Contract) -> None:

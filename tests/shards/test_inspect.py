@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shards.contract import Contract
-from shards.errors import Corrupt, Incomplete
+from shards.errors import Corrupt, Incomplete, InvalidRequest
 from shards.inspect import Inspection, Request, inspect
 from shards.manifest import begin, publish_teacher_files, seal
 from shards.record import Record
@@ -123,7 +123,7 @@ def test_the_least_certain_positions_are_shown_unless_others_are_asked_for(
     path.write_bytes(build_shard("u", "train", dataclasses.replace(contract, attention=None), [many]))
     shown = [position.position for position in viewed(inspect(path, show=Request(sample=0))).positions]
     assert shown == [1, 3, 6, 8, 11, 13, 16, 18]
-    with pytest.raises(ValueError, match="positions 0 to 19 of this sample, not 20"):
+    with pytest.raises(InvalidRequest, match="positions 0 to 19 of this sample, not 20"):
         inspect(path, show=Request(sample=0, positions=[3, 20]))
 
 
@@ -146,9 +146,9 @@ def test_damage_is_reported_not_raised(folder: Path, contract: Contract, written
 
 
 def test_what_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="samples 0 to 2, not 3"):
+    with pytest.raises(InvalidRequest, match="samples 0 to 2, not 3"):
         inspect(folder / "train-1.arrow", show=Request(sample=3))
-    with pytest.raises(ValueError, match="samples 0 to 7, not 8"):
+    with pytest.raises(InvalidRequest, match="samples 0 to 7, not 8"):
         inspect(folder, show=Request(sample=8))
     with pytest.raises(Incomplete):
         inspect(tmp_path / "nowhere")

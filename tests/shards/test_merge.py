@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shards.contract import Contract, Selection
-from shards.errors import ContractMismatch, Corrupt
+from shards.errors import ContractMismatch, Corrupt, InvalidRequest
 from shards.inspect import inspect
 from shards.learnt import with_tables
 from shards.manifest import Manifest, begin, publish_teacher_files, seal
@@ -114,9 +114,9 @@ def test_what_does_not_belong_together_is_refused(
     make(tmp_path / "other head", other, {"train-00000": written[6:]}, **{"head_pca.safetensors": b"other"})
     with pytest.raises(ContractMismatch, match=r"head_pca\.safetensors of the teacher is not the same"):
         merge_sets([sources[0], tmp_path / "other head"], tmp_path / "merged")
-    with pytest.raises(ValueError, match=r"sample 'sample-3' is in .*old and again in .*old"):
+    with pytest.raises(InvalidRequest, match=r"sample 'sample-3' is in .*old and again in .*old"):
         merge_sets([sources[0], sources[0]], tmp_path / "merged")
-    with pytest.raises(ValueError, match="at least two"):
+    with pytest.raises(InvalidRequest, match="at least two"):
         merge_sets(sources[:1], tmp_path / "merged")
     with pytest.raises(ContractMismatch, match="corpus_fingerprint"):
         merge_sets(sources, sources[0])

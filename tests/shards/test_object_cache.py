@@ -226,9 +226,8 @@ def test_folder_and_limit_come_from_the_environment(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("MINICODFORMER_CACHE", str(tmp_path))
     monkeypatch.setenv("MINICODFORMER_SHARD_CACHE_GB", "0.5")
     assert (ObjectCache().folder, ObjectCache().limit) == (tmp_path / "shards", 1 << 29)
-    for senseless in ("plenty", "inf", "nan"):
+    for senseless in ("plenty", "inf", "nan", "0", "-1"):
         monkeypatch.setenv("MINICODFORMER_SHARD_CACHE_GB", senseless)
-        with pytest.raises(ValueError, match=f"must be a number of GiB, not '{senseless}'"):
+        with pytest.raises(StorageFailed, match=f"must be a number of GiB above 0, not '{senseless}'") as caught:
             ObjectCache()
-    with pytest.raises(ValueError, match="holds nothing"):
-        ObjectCache(limit=0)
+        assert "above the size of the set" in caught.value.hint

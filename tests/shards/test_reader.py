@@ -12,7 +12,7 @@ import pytest
 
 from shards import reader
 from shards.contract import Contract
-from shards.errors import Corrupt, ShardError, Truncated
+from shards.errors import Corrupt, Incomplete, ShardError, Truncated
 from shards.reader import ShardReader, ShardSet
 from shards.record import Record
 from shards.writer import build_shard
@@ -136,3 +136,14 @@ def test_what_was_read_is_given_back(folder: Path, monkeypatch: pytest.MonkeyPat
     assert resident(folder) < kept
     assert [record.sample_id for record in train] == names
     assert resident(folder) == 0
+
+
+def test_a_file_of_the_teacher_is_read_as_it_was_sealed(folder: Path) -> None:
+    shards, path = ShardSet(folder), folder / "teacher" / "tokenizer.json"
+    assert shards.teacher_file("tokenizer.json") == path.read_bytes()
+    path.write_bytes(b"[]")
+    with pytest.raises(Corrupt, match=r"tokenizer\.json differs from manifest\.json"):
+        shards.teacher_file("tokenizer.json")
+    path.unlink()
+    with pytest.raises(Incomplete, match=r"tokenizer\.json cannot be opened"):
+        shards.teacher_file("tokenizer.json")

@@ -72,7 +72,7 @@ def test_a_set_in_a_store_reads_as_the_same_set_in_a_folder(
 ) -> None:
     fill(tmp_path / "here", contract, records)
     made = fill(url, contract, records)
-    here, there = ShardSet(tmp_path / "here"), ShardSet(url, cache=cache)
+    here, there = ShardSet(tmp_path / "here"), ShardSet(storage_at(url, cache=cache))
     assert there.manifest == made
     assert there.contract == here.contract
     assert there.splits == here.splits == ("dev", "train")
@@ -98,7 +98,7 @@ def test_a_set_of_any_selection_goes_into_a_store_whatever_it_does_not_know(
         written = write_shard(place, "train-00000", "train", contract, records, tables=tables)
         assert write_shard(place, "train-00000", "train", contract, records, tables=tables) == written
         seal(place, contract, [written])
-    here, there = ShardSet(tmp_path).split("train"), ShardSet(url, cache=cache).split("train")
+    here, there = ShardSet(tmp_path).split("train"), ShardSet(storage_at(url, cache=cache)).split("train")
     for name in STATISTICS:
         np.testing.assert_array_equal(there.column(name), here.column(name), strict=True)
 
@@ -147,17 +147,17 @@ def test_a_copy_goes_up_and_down_and_on_where_it_stopped(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        copy_set(tmp_path / "here", url, progress=stop, cache=cache)
+        copy_set(tmp_path / "here", url, progress=stop)
     store.refuse()
-    up = copy_set(tmp_path / "here", url, cache=cache)
+    up = copy_set(tmp_path / "here", storage_at(url, cache=cache))
     put = [asked for asked in store.requests() if asked.startswith("PUT") and asked.endswith(".arrow")]
     assert len([asked for asked in put if "/columns/" not in asked]) == 1, "two of three were there"
     assert [info.sha256 for info in up.shards] == [info.sha256 for info in made.shards]
-    assert copy_set(url, tmp_path / "back", cache=cache) == made
+    assert copy_set(storage_at(url, cache=cache), tmp_path / "back") == made
     assert visible(tmp_path / "back") == visible(tmp_path / "here")
     fill(tmp_path / "other", dataclasses.replace(contract, engine="another"), records)
     with pytest.raises(ContractMismatch, match="engine"):
-        copy_set(tmp_path / "other", url, cache=cache)
+        copy_set(tmp_path / "other", url)
 
 
 def visible(folder: Path) -> dict[str, bytes]:
@@ -169,7 +169,7 @@ def test_opening_a_split_fetches_no_shard(
 ) -> None:
     fill(url, contract, records)
     store.refuse()
-    shards = ShardSet(url, cache=cache)
+    shards = ShardSet(storage_at(url, cache=cache))
     assert shards.split("train").response_lengths.tolist() == [len(record.response_ids_R) for record in records[1:]]
     assert not [asked for asked in store.requests() if asked.endswith(".arrow") and "columns" not in asked]
     assert shards.split("dev")[0].sample_id == records[0].sample_id
@@ -210,7 +210,7 @@ def test_W3_writers_at_once_agree_on_one_set(
         thread.start()
     for thread in threads:
         thread.join()
-    shards = ShardSet(url, cache=cache)
+    shards = ShardSet(storage_at(url, cache=cache))
     assert verify_shards(shards.storage).intact
     assert shards.manifest in sealed_as
     assert sorted(shards.split("train").sample_ids.tolist()) == units
@@ -235,7 +235,7 @@ def test_W5_a_refusal_of_any_request_is_explained_and_resumable(
         store.refuse()
         if not is_sealed(place):
             with pytest.raises(Incomplete):
-                ShardSet(place, cache=cache)
+                ShardSet(storage_at(place, cache=cache))
         fill(place, contract, records)
         assert store.files(place) == expected
     assert silent == []
@@ -296,7 +296,7 @@ def test_R1_a_damaged_object_is_found_and_named(
     content = bytearray(store.files(url)[damaged])
     content[len(content) // 2] ^= 1
     store.overwrite(url, damaged, bytes(content))
-    shards = ShardSet(url, cache=cache)
+    shards = ShardSet(storage_at(url, cache=cache))
     assert shards.split("dev")[0].sample_id == records[0].sample_id
     with pytest.raises(Corrupt, match=damaged):
         shards.split("train")[0]
@@ -308,27 +308,34 @@ def test_quarantine_in_a_store_leaves_a_set_that_lacks_only_what_was_damaged(
 ) -> None:
     manifest = fill(url, contract, records)
     damaged = manifest.shards[1].name
-    assert ShardSet(url, cache=cache).split("train")[0].sample_id == records[1].sample_id, "a good copy is here"
+    storage = storage_at(url, cache=cache)
+    assert ShardSet(storage).split("train")[0].sample_id == records[1].sample_id, "a good copy is here"
     store.overwrite(url, damaged, store.files(url)[damaged][:-1])
-    report = verify_shards(url, cache=cache)
+    report = verify_shards(storage)
     assert list(report.damage) == [damaged], "a good copy here does not hide what lies there"
     quarantine(url, report)
     assert f"quarantine/{damaged}" in store.files(url)
     assert sorted(published_units(storage_at(url))) == ["dev-00000", "train-00001"]
     assert fill(url, contract, records) == manifest
-    assert verify_shards(url, cache=cache).intact
+    assert verify_shards(storage_at(url, cache=cache)).intact
 
 
 def test_inspection_of_a_url_fetches_what_it_shows(
-    store: ObjectStore, url: str, cache: ObjectCache, contract: Contract, records: list[Record]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    store: ObjectStore,
+    url: str,
+    contract: Contract,
+    records: list[Record],
 ) -> None:
+    monkeypatch.setenv("MINICODFORMER_CACHE", str(tmp_path))
     manifest = fill(url, contract, records)
     base, options = url.split("?")
     name = manifest.shards[2].name
-    facts = inspect(f"{base}/{name}?{options}", cache=cache)
+    facts = inspect(f"{base}/{name}?{options}")
     assert (facts.where, facts.records, facts.checksum.intact) == (f"{base}/{name}", 1, True)
     store.refuse()
-    facts = inspect(url, cache=cache)
+    facts = inspect(url)
     assert (facts.records, facts.positions) == (3, manifest.totals()["positions"])
     assert not [asked for asked in store.requests() if "train-00001" in asked]
 

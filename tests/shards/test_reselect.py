@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from shards.contract import Contract, Selection
-from shards.errors import ContractMismatch, UnknownVersion
+from shards.errors import ContractMismatch, InvalidRequest, UnknownVersion
+from shards.learnt import with_tables
 from shards.manifest import begin, publish_teacher_files, seal
 from shards.reader import ShardSet
 from shards.record import Float64, Record
 from shards.reselect import require_held, reselect_set, reselected
+from shards.storage import LocalStorage
 from shards.verify import verify_shards
 from shards.writer import write_shard
+from tests.shards.whole import contract_of, record_of
 
 CURVE = (0.75, 0.5, 0.25)
 VOCABULARY = 300
@@ -122,11 +125,10 @@ def test_nothing_outside_and_an_unknown_tail_stay_what_they_are() -> None:
             Selection(kind="adaptive", k=9, mass=0.95),
             "can only become",
         ),
-        (Selection(kind="topk", k=5, tail_known=False), Selection(kind="topk", k=4), "not chosen"),
     ],
 )
 def test_what_the_set_does_not_hold_is_refused(old: Selection, new: Selection, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(InvalidRequest, match=said):
         require_held(old, new)
 
 
@@ -162,5 +164,18 @@ def test_a_set_becomes_the_set_that_fewer_ids_would_have_made(
     with pytest.raises(ContractMismatch, match="selection"):
         reselect_set(tmp_path / "wide", narrow, Selection(kind="topk", k=2))
     with pytest.raises(UnknownVersion):
-        reselect_set(tmp_path / "wide", tmp_path / "absent", selection, codec="nobody/1")
+        reselect_set(tmp_path / "wide", tmp_path / "absent", Selection(kind="adaptive", k=3, mass=0.9))
     assert not (tmp_path / "absent").exists()
+
+
+def test_an_imported_set_becomes_narrower_and_its_tail_stays_unknown(tmp_path: Path) -> None:
+    imported = contract_of(Selection(kind="topk", k=5, tail_known=False))
+    rows = [record_of(imported, np.random.default_rng(seed), name=str(seed)) for seed in range(2)]
+    imported, tables = with_tables(LocalStorage(tmp_path / "wide"), imported, lambda: rows, budget=2000)
+    begin(tmp_path / "wide", imported)
+    seal(
+        tmp_path / "wide", imported, [write_shard(tmp_path / "wide", "train-0", "train", imported, rows, tables=tables)]
+    )
+    made = reselect_set(tmp_path / "wide", tmp_path / "narrow", Selection(kind="topk", k=3))
+    assert made.contract.selection == Selection(kind="topk", k=3, tail_known=False)
+    assert all(np.isnan(record.log_tail_N).all() for record in ShardSet(tmp_path / "narrow").split("train"))

@@ -1,12 +1,14 @@
 """A second reader, written from FORMAT.md alone, against the golden files. It imports nothing from `shards`.
 
-R6: the golden sets were written once by each codec version and must decode bit-equal for ever; they are never made
-again. `expected.npz` holds what the version's reader gave on that day.
+R6: the golden sets were written once by each released codec version and must decode bit-equal for ever; they are never
+made again. `expected.npz` holds what the version's reader gave on that day.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.shards.second_reader_planes import Planes
-from tests.shards.second_reader_shard import Shard, read_json
+from tests.shards.second_reader_shard import Shard, read_json, require_selection
 from tests.shards.second_reader_topk import decode_attention, decode_signal
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -109,3 +111,43 @@ def test_every_codec_version_has_a_golden_set() -> None:
 
     written = {read_json(GOLDEN / name / "contract.json")["contract"]["codec"] for name in SETS}
     assert written == set(CODECS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({"kind": "topk", "k": 4096}, True),
+        ({"kind": "topk", "k": 5, "tail_known": False}, True),
+        ({"kind": "adaptive", "k": 9, "mass": 0.9, "floor": 0.01}, True),
+        ({"kind": "hybrid", "k": 9, "draws": 4096}, True),
+        ({"kind": "sample", "draws": 1, "logprobs": False}, True),
+        ({"kind": "topk", "k": 5, "curve": [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]}, True),
+        ({"kind": "topk", "k": 4097}, False),
+        ({"kind": "topk"}, False),
+        ({"kind": "topk", "k": 5, "draws": 1}, False),
+        ({"kind": "topk", "k": 5, "mass": 0.9}, False),
+        ({"kind": "topk", "k": 5, "logprobs": False}, False),
+        ({"kind": "topk", "k": 5, "tail_known": False, "curve": [0.5]}, False),
+        ({"kind": "topk", "k": 5, "curve": [0.25, 0.5]}, False),
+        ({"kind": "topk", "k": 5, "curve": [1.0]}, False),
+        ({"kind": "topk", "k": 5, "curve": [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]}, False),
+        ({"kind": "adaptive", "k": 9, "mass": 0.0}, False),
+        ({"kind": "adaptive", "k": 9, "floor": 1.0}, False),
+        ({"kind": "hybrid", "k": 9}, False),
+        ({"kind": "hybrid", "k": 9, "draws": 5, "tail_known": False}, False),
+        ({"kind": "sample", "draws": 4097}, False),
+        ({"kind": "sample", "k": 3, "draws": 9}, False),
+    ],
+)
+def test_both_readers_know_the_same_selections(changes: dict[str, Any], holds: bool) -> None:
+    from shards.contract import Contract
+    from shards.errors import Corrupt
+
+    contract = read_json(GOLDEN / "planes-3-topk" / "contract.json")["contract"] | {"vocab_size": 10_000}
+    contract["curve"] = changes.get("curve", [])
+    selection = {"k": 0, "draws": 0, "mass": 1.0, "floor": 0.0, "logprobs": True, "tail_known": True}
+    contract["selection"] = selection | {name: value for name, value in changes.items() if name != "curve"}
+    with contextlib.nullcontext() if holds else pytest.raises(AssertionError):
+        require_selection(contract)
+    with contextlib.nullcontext() if holds else pytest.raises(Corrupt):
+        Contract.from_json(json.dumps(contract))

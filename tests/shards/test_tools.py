@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import polars
 import pytest
@@ -15,8 +16,12 @@ from tokenizers.models import WordLevel
 from typer.testing import CliRunner, Result
 
 import cli
+from pipeline import estimate as estimate_module
+from pipeline import inspection, shard_tools
 from pipeline.errors import UsageError
+from pipeline.explanation import exit_code
 from shards.contract import Contract
+from shards.errors import InvalidRequest, StorageFailed
 from shards.manifest import begin, publish_teacher_files, read_manifest, seal
 from shards.record import Record
 from shards.writer import write_shard
@@ -52,7 +57,7 @@ def test_inspect_shard_shows_a_sample_in_words(run: Callable[..., Result], shard
     assert "prompt: word" in words
     assert words.count("looked at: ") == 2 * len(read_manifest(shards).contract.attention.layers)  # type: ignore[union-attr]
     outcome = run("inspect-shard", shards, "--sample", 10_000)
-    assert isinstance(outcome.exception, UsageError)
+    assert isinstance(outcome.exception, InvalidRequest)
     assert "samples 0 to" in str(outcome.exception)
 
 
@@ -73,7 +78,22 @@ def test_verify_shards_exits_with_1_names_the_damage_and_sets_it_aside(
     assert run("verify-shards", copy, "--quarantine").exit_code == 1
     assert not damaged.exists()
     assert (copy / "quarantine" / damaged.name).exists()
-    assert "run stage one again" in str(getattr(run("verify-shards", copy).exception, "hint", ""))
+    assert "run the command that makes the set again" in str(getattr(run("verify-shards", copy).exception, "hint", ""))
+
+
+def test_the_hint_for_a_set_that_no_teacher_made_brings_it_back(
+    run: Callable[..., Result], shards: Path, tmp_path: Path
+) -> None:
+    made = ("reselect", shards, tmp_path / "narrow", "--k", 2)
+    run(*made)
+    whole = {path: path.read_bytes() for path in (tmp_path / "narrow").rglob("*") if path.is_file()}
+    damaged = tmp_path / "narrow" / "train-1.arrow"
+    damaged.write_bytes(whole[damaged][:-1])
+    hint = str(run("verify-shards", tmp_path / "narrow").output).splitlines()[-1]
+    assert hint.endswith("--quarantine and run the command that made the set again")
+    run("verify-shards", tmp_path / "narrow", "--quarantine")
+    assert run(*made).exit_code == 0
+    assert {path: path.read_bytes() for path in whole} == whole
 
 
 def test_export_shards_writes_what_polars_reads(run: Callable[..., Result], shards: Path, tmp_path: Path) -> None:
@@ -94,14 +114,18 @@ def test_reselect_keeps_fewer_ids(run: Callable[..., Result], shards: Path, tmp_
     assert narrow.contract.selection.k == 2
     assert narrow.totals()["positions"] == read_manifest(shards).totals()["positions"]
     outcome = run("reselect", shards, tmp_path / "wide", "--k", 5)
-    assert isinstance(outcome.exception, UsageError)
+    assert isinstance(outcome.exception, InvalidRequest)
     assert "keeps 4 ids a position, not 5" in str(outcome.exception)
+    outcome = run("reselect", shards, tmp_path / "wide", "--k", 3, "--mass", 2)
+    assert isinstance(outcome.exception, UsageError)
+    assert "mass must lie in (0, 1]" in str(outcome.exception)
 
 
 def test_merge_refuses_one_set_twice(run: Callable[..., Result], shards: Path, tmp_path: Path) -> None:
     outcome = run("merge", shards, shards, tmp_path / "out")
-    assert isinstance(outcome.exception, UsageError)
+    assert isinstance(outcome.exception, InvalidRequest)
     assert "is in" in str(outcome.exception)
+    assert exit_code(outcome.exception) == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -143,3 +167,45 @@ def test_copy_shards_makes_the_same_set(run: Callable[..., Result], shards: Path
     assert done.exit_code == 0, done.output
     assert read_manifest(tmp_path / "copy") == read_manifest(shards)
     assert isinstance(run("copy-shards", shards, "ftp://there").exception, UsageError)
+
+
+@pytest.mark.parametrize(
+    "words", [("verify-shards",), ("inspect-shard",), ("merge", "s3://here/other", "s3://here/new")]
+)
+def test_a_cache_of_no_size_is_named_and_nothing_else_is_blamed(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("MINICODFORMER_SHARD_CACHE_GB", "plenty")
+    error = run(words[0], "s3://here/set", *words[1:]).exception
+    assert isinstance(error, StorageFailed)
+    assert "MINICODFORMER_SHARD_CACHE_GB must be a number of GiB" in str(error)
+    assert "unset it" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("room", "called", "words"),
+    [
+        (shard_tools, "export_parquet", ("export-shards", "out")),
+        (shard_tools, "merge_sets", ("merge", "other", "out")),
+        (shard_tools, "copy_set", ("copy-shards", "out")),
+        (shard_tools, "reselect_set", ("reselect", "out", "--k", "2")),
+        (inspection, "inspect", ("inspect-shard", "--sample", "0")),
+        (estimate_module, "estimate_size", ("estimate", "--positions", "5")),
+    ],
+)
+def test_a_fault_of_ours_is_not_told_as_the_users(
+    run: Callable[..., Result],
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    room: ModuleType,
+    called: str,
+    words: tuple[str, ...],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr(room, called, fail)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").symlink_to(shards)
+    assert type(run(words[0], shards, *words[1:]).exception) is ValueError

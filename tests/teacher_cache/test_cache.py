@@ -24,7 +24,6 @@ from stages.events import Event, Note, Progress
 from stages.teacher_cache import cache as cache_module
 from stages.teacher_cache import job as job_module
 from stages.teacher_cache import tables_of_set
-from stages.teacher_cache.measure import read_fidelity
 from tests.teacher_cache.folders import contents
 from tests.teacher_cache.killings import told
 
@@ -234,7 +233,7 @@ def test_fidelity_is_measured_once_on_published_validation_records(
     tmp_path: Path, recorded: ModuleType, teacher: Path
 ) -> None:
     recorded.fill(tmp_path, teacher)
-    report = read_fidelity(tmp_path)
+    report = ShardSet(tmp_path).fidelity()
     corpus = recorded.make_corpus(teacher)
     assert report["positions"] == sum(len(sample.response_ids) for sample in [*corpus.dev, *corpus.train]), (
         "all, if few"
@@ -258,7 +257,7 @@ def test_what_another_pass_differs_by_is_not_counted_as_lost(
 
     monkeypatch.setattr(recorded.RecordedEngine, "full", otherwise)
     recorded.fill(tmp_path, teacher)
-    report = read_fidelity(tmp_path)
+    report = ShardSet(tmp_path).fidelity()
     lost = report["KL(full || decoded), the rest as one, mean"]
     assert lost < 1e-2 < report["KL(full || decoded), the rest as one, mean (another pass)"]
 
@@ -269,7 +268,7 @@ def test_a_set_whose_engine_tells_no_distributions_is_sealed_without_a_measure(
     monkeypatch.setattr(recorded.RecordedEngine, "full", lambda self, samples: iter(()))
     manifest = recorded.fill(tmp_path, teacher)
     assert "fidelity.json" not in manifest.teacher_files
-    assert read_fidelity(tmp_path) == {}
+    assert ShardSet(tmp_path).fidelity() == {}
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("worker: CUDA out of memory")])

@@ -193,3 +193,19 @@ def test_import_cache_on_the_command_line(tmp_path: Path, teacher: Path) -> None
 def test_an_empty_dump_is_refused(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(StageError, match="is empty"):
         bring(write(tmp_path / "dump.jsonl", []), tmp_path / "set", teacher)
+
+
+@pytest.mark.parametrize("k", [VOCABULARY + 1, 5000])
+def test_more_ids_than_the_teacher_has_are_refused(tmp_path: Path, teacher: Path, k: int) -> None:
+    with pytest.raises(StageError, match=rf"has up to {VOCABULARY} ids a position, not {k}") as caught:
+        bring(write(tmp_path / "dump.jsonl", lines()), tmp_path / "set", teacher, k=k)
+    assert caught.value.hint == f"--k {VOCABULARY} or fewer"
+    assert not (tmp_path / "set").exists()
+
+
+def test_the_line_in_the_documentation_is_one(tmp_path: Path, teacher: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "teacher_cache.md").read_text(encoding="utf-8")
+    (tmp_path / "dump.jsonl").write_text(page.split("```json\n")[1].split("```")[0])
+    bring(tmp_path / "dump.jsonl", tmp_path / "set", teacher, k=2)
+    (record,) = ShardSet(tmp_path / "set").split("dev")
+    assert (record.sample_id, record.prompt_ids_P.tolist(), record.ids_NK.tolist()) == ("first", [5, 17], [[3, 8]])

@@ -11,7 +11,6 @@ import pytest
 from shards.manifest import is_sealed, read_manifest
 from shards.reader import ShardSet
 from shards.verify import quarantine, verify_shards
-from stages.teacher_cache.measure import read_fidelity
 from tests.shards.object_store import CREDENTIALS, AnyStore, serving, serving_google
 from tests.teacher_cache.killings import told
 
@@ -34,7 +33,7 @@ def test_a_set_made_in_a_store_is_the_set_made_in_a_folder(
     here, there = recorded.fill(tmp_path, recorded_teacher), recorded.fill(url, recorded_teacher)
     assert [shard.sha256 for shard in there.shards] == [shard.sha256 for shard in here.shards]
     assert (there.contract, there.teacher_files, there.tables) == (here.contract, here.teacher_files, here.tables)
-    assert read_fidelity(url) == read_fidelity(tmp_path) != {}
+    assert ShardSet(url).fidelity() == ShardSet(tmp_path).fidelity() != {}
     assert verify_shards(url).intact
     assert [record.sample_id for record in ShardSet(url).split("dev")] == [
         sample.sample_id for sample in recorded.make_corpus(recorded_teacher).dev
