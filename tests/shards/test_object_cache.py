@@ -114,7 +114,7 @@ def test_what_arrives_damaged_is_refused_and_not_kept(tmp_path: Path, remote: Re
 def test_a_copy_that_another_process_removes_while_it_is_checked_is_fetched_anew(
     tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, sha256 = remote.path(ObjectCache(tmp_path, limit=10 * KIB), 1), object_cache._sha256
+    path, sha256 = remote.path(ObjectCache(tmp_path, limit=10 * KIB), 1), object_cache.file_sha256
 
     def slow(path: Path) -> str:
         found = sha256(path)
@@ -122,7 +122,7 @@ def test_a_copy_that_another_process_removes_while_it_is_checked_is_fetched_anew
             path.unlink()
         return found
 
-    monkeypatch.setattr(object_cache, "_sha256", slow)
+    monkeypatch.setattr(object_cache, "file_sha256", slow)
     assert remote.path(ObjectCache(tmp_path, limit=10 * KIB), 1).read_bytes() == remote.content(1)
     assert remote.fetched == [1, 1]
     assert path.exists()
@@ -134,8 +134,8 @@ def test_a_copy_counts_as_used_from_before_it_is_checked(
     """Else another process would take it for the least recently used."""
     os.utime(remote.path(ObjectCache(tmp_path, limit=10 * KIB), 1), ns=(1, 1))
     used: list[int] = []
-    sha256 = object_cache._sha256
-    monkeypatch.setattr(object_cache, "_sha256", lambda path: used.append(path.stat().st_mtime_ns) or sha256(path))
+    sha256 = object_cache.file_sha256
+    monkeypatch.setattr(object_cache, "file_sha256", lambda path: used.append(path.stat().st_mtime_ns) or sha256(path))
     remote.path(ObjectCache(tmp_path, limit=10 * KIB), 1)
     assert used > [1]
 
