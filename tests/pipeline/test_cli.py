@@ -66,7 +66,7 @@ def test_bad_input_is_one_clear_line_with_what_to_do(cli, words: list[str], code
 
 
 def test_make_evaluate_passes_on_run_and_set() -> None:
-    words = ["make", "-n", "-o", "setup", "evaluate", "NAME=mine", "SHARDS=s3://bucket/set"]
+    words = ["make", "-n", "--no-print-directory", "-o", "setup", "evaluate", "NAME=mine", "SHARDS=s3://bucket/set"]
     done = subprocess.run(words, cwd=CLI.parent, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-5:] == ["evaluate", "--name", "mine", "--shards", "s3://bucket/set"]
 

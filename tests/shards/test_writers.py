@@ -45,7 +45,7 @@ def test_W3_writers_killed_at_random_leave_the_bytes_of_an_undisturbed_run(
     undisturbed = {unit: build_shard(unit, "train", contract, rows) for unit, rows in plan.items()}
     rng, kills, half_written = random.Random(3), 0, 0
     for round_ in range(60):
-        if round_ >= 10 and half_written:
+        if kills >= 50 and half_written:  # on a fast machine many are done before they are killed
             break
         folder = tmp_path / f"disturbed-{round_}"
         for generation in range(4):
