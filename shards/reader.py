@@ -36,8 +36,9 @@ __all__ = ["ShardReader", "ShardSet", "Split"]
 MAX_OPEN = 256
 MAX_RESIDENT = 1 << 26
 """Bytes, about, that reading keeps mapped before the pages are given back."""
-AROUND = 1 << 20
-"""What the system maps around a record: it reads ahead, and its pages may be large."""
+AROUND = 6 << 20
+"""What the system maps for a record beside its bytes: they, their offsets and their checksums lie in three places, and
+around each it may map 2 MiB."""
 
 
 class ShardSet:
@@ -51,6 +52,7 @@ class ShardSet:
         self.manifest: Manifest = read_manifest(self.storage)
         self._open: OrderedDict[str, ShardReader] = OrderedDict()
         self._read = 0
+        self._touched = set[ShardReader]()
         self._lock = threading.Lock()
 
     @property
@@ -116,11 +118,13 @@ class ShardSet:
         shard = self.open(info)
         record = shard[row]
         with self._lock:
+            self._touched.add(shard)
             self._read += shard.row_bytes(row) + AROUND
             if self._read >= MAX_RESIDENT:
+                for touched in self._touched:
+                    touched.release_pages()
+                self._touched.clear()
                 self._read = 0
-                for shard in self._open.values():
-                    shard.release_pages()
         return record
 
     def verify_columns(self) -> None:
