@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UsageError
-from pipeline.launch import possible_ranks, rank_command
+from pipeline.launch import rank_command
 from pipeline.rank import failure_of, forget_failure
 from pipeline.run import RunFolder
+from stages.distill.settings import possible_ranks
 
 _LINE = re.compile(r"(?P<name>[\w.-]+)\s+slots=(?P<slots>[1-9]\d*)")
 _ANSWER_S = 10

@@ -15,6 +15,7 @@ import psutil
 from pipeline.errors import UsageError
 from pipeline.rank import failure_of, forget_failure
 from pipeline.run import RunFolder
+from stages.distill.settings import possible_ranks
 
 STOP_WITHIN_S = 600
 """How long ranks may take to end their step and save, once asked to stop."""
@@ -50,11 +51,6 @@ def device_memory(here: Machine, processes: int) -> int:
 def default_ranks(here: Machine, global_batch: int) -> int:
     """As many as can share the global batch: of all GPUs; without one, of two processes (more only split the cores)."""
     return possible_ranks(here.gpus or min(2, here.cores), global_batch)[-1]
-
-
-def possible_ranks(most: int, global_batch: int) -> list[int]:
-    """The rank counts up to `most` that give every rank the same share of the global batch."""
-    return [ranks for ranks in range(1, min(most, global_batch) + 1) if global_batch % ranks == 0]
 
 
 def check_ranks(count: int, here: Machine, global_batch: int) -> None:

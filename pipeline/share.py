@@ -6,7 +6,6 @@ The card is no part of the set: `verify-shards` neither knows nor misses it.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from pipeline.card import ABSENT, CARD, table
 from pipeline.figures import size
 from pipeline.locations import local_set
 from pipeline.run import write_atomically
-from shards.manifest import FIDELITY_FILE, TEACHER_FOLDER
+from shards.manifest import TEACHER_FOLDER
 from shards.reader import ShardSet
 
 _LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
@@ -116,10 +115,8 @@ def _known(value: float) -> str:
 
 def _fidelity(shards: ShardSet) -> list[str]:
     """What stage one measured against the live teacher, if it did."""
-    if FIDELITY_FILE not in shards.manifest.teacher_files:
-        return ["Not measured."]
-    shards.verify_teacher_file(FIDELITY_FILE)
-    return list(table(json.loads((shards.teacher_folder / FIDELITY_FILE).read_text(encoding="utf-8"))))
+    facts = shards.fidelity()
+    return list(table(facts)) if facts else ["Not measured."]
 
 
 def _reading(shards: ShardSet) -> list[str]:

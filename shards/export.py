@@ -51,8 +51,8 @@ class ExportReport:
 def export_parquet(location: Location, target: Path, *, progress: Progress | None = None) -> ExportReport:
     """Write every shard of a set as `target`/UNIT.parquet; what is there already is kept.
 
-    `progress` is told records. Raises InvalidRequest where `target` holds another
-    set's file, StorageFailed, and what reading a damaged shard raises.
+    `progress` is told records. Raises InvalidRequest where `target` holds another set's file, StorageFailed, and what
+    reading a damaged shard raises.
     """
     shards = ShardSet(location)
     make_folder(target)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from shards.reader import Split
 from stages.distill.mining import Snapshot, compose
+from stages.distill.settings import possible_ranks
 from stages.errors import SettingError
 
 Indices = NDArray[np.int64]
@@ -41,7 +42,7 @@ def share_of_rank(global_batch: int, micro_batch: int, world: int) -> Share:
     Raises SettingError listing the world sizes that divide the global batch where this one does not.
     """
     if global_batch % world:
-        counts = ", ".join(str(count) for count in range(1, global_batch + 1) if global_batch % count == 0)
+        counts = ", ".join(map(str, possible_ranks(global_batch, global_batch)))
         raise SettingError(
             f"{world} ranks do not divide a global batch of {global_batch} records; these do: {counts}",
             hint="train on one of these rank counts (GPUS=), or set distill.global_batch",

@@ -71,6 +71,11 @@ class ObjectiveSettings:
         return self.temperature > 1 or self.temperature_mode in ("entropy", "adaptive")
 
 
+def possible_ranks(most: int, global_batch: int) -> list[int]:
+    """The rank counts up to `most` that give every rank the same share of the global batch."""
+    return [ranks for ranks in range(1, min(most, global_batch) + 1) if global_batch % ranks == 0]
+
+
 def _require_finite(section: str, settings: Any) -> None:
     """NaN passes every comparison that refuses a number, so it is refused first."""
     for item in fields(settings):

@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from shards.object_cache import ObjectCache
 from shards.record import AttentionSummary, Record
 from shards.writer import build_shard, write_shard
 from tests.shards.disks import CountingDisk, DeadlyDisk, FailingDisk, ForgetfulDisk
+from tests.shards.object_store import CREDENTIALS, ObjectStore, serving
 
 CONTRACT = Contract(
     codec="topk-planes/1",
@@ -185,3 +186,19 @@ def in_child() -> Callable[[Callable[[], None]], int]:
         return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
     return run
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    """An S3 server."""
+    with pytest.MonkeyPatch.context() as environment, serving() as store:
+        for name, value in CREDENTIALS.items():
+            environment.setenv(name, value)
+        yield store
+
+
+@pytest.fixture
+def url(store: ObjectStore) -> str:
+    """A place in it where nothing is; it refuses nothing."""
+    store.refuse()
+    return store.new_url()

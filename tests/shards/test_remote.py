@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from pyarrow import fs
 
 from shards.contract import Contract, Selection
 from shards.errors import ContractMismatch, Corrupt, Incomplete, StorageFailed
@@ -28,32 +25,8 @@ from shards.storage import storage_at
 from shards.units import published_units
 from shards.verify import quarantine, verify_shards
 from shards.writer import build_shard, write_shard
-from tests.shards.object_store import CREDENTIALS, TEACHER, UNITS, ObjectStore, fill, serving
+from tests.shards.object_store import TEACHER, UNITS, ObjectStore, fill
 from tests.shards.whole import SELECTIONS, contract_of, learnt, record_of
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[ObjectStore]:
-    with pytest.MonkeyPatch.context() as environment, serving() as store:
-        for name, value in CREDENTIALS.items():
-            environment.setenv(name, value)
-        yield store
-
-
-@pytest.fixture
-def url(store: ObjectStore) -> str:
-    store.refuse()
-    return store.new_url()
-
-
-class Patched:
-    """A file system of which one operation is another."""
-
-    def __init__(self, files: fs.FileSystem, open_output_stream: Callable[[str], Any]) -> None:
-        self._files, self.open_output_stream = files, open_output_stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._files, name)
 
 
 def open_at(url: str, cache: ObjectCache) -> RemoteStorage:
@@ -214,70 +187,6 @@ def test_W3_writers_at_once_agree_on_one_set(
     assert verify_shards(shards.storage).intact
     assert shards.manifest in sealed_as
     assert sorted(shards.split("train").sample_ids.tolist()) == units
-
-
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.long)])
-def test_W5_a_refusal_of_any_request_is_explained_and_resumable(
-    store: ObjectStore, url: str, cache: ObjectCache, contract: Contract, records: list[Record], every: int
-) -> None:
-    store.refuse()
-    fill(url, contract, records)
-    requests, expected, silent = len(store.requests()), store.files(url), []
-    for number in range(0, requests, every):
-        place = store.new_url()
-        store.refuse(number)
-        try:
-            fill(place, contract, records)
-            silent.append(number)
-        except StorageFailed as error:
-            hint = error.hint
-            assert "run the same command again" in hint
-        store.refuse()
-        if not is_sealed(place):
-            with pytest.raises(Incomplete):
-                ShardSet(storage_at(place, cache=cache))
-        fill(place, contract, records)
-        assert store.files(place) == expected
-    assert silent == []
-
-
-def test_what_another_writer_puts_under_the_same_name_stays(
-    store: ObjectStore, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A store refuses no second writer. The first's upload succeeded all the same: nothing of it is to be removed."""
-    storage = storage_at(url)
-    assert isinstance(storage, RemoteStorage)
-    put = storage._files.open_output_stream
-
-    @contextlib.contextmanager
-    def overtaken(path: str) -> Iterator[Any]:
-        with put(path) as stream:
-            yield stream
-        store.overwrite(url, "manifest.json", b"another's, and longer")
-
-    monkeypatch.setattr(storage, "_files", Patched(storage._files, open_output_stream=overtaken))
-    assert storage.publish("manifest.json", b"ours")
-    assert store.files(url) == {"manifest.json": b"another's, and longer"}
-
-
-def test_an_upload_that_is_interrupted_leaves_nothing_and_says_so(
-    store: ObjectStore, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    storage = storage_at(url)
-    assert isinstance(storage, RemoteStorage)
-    put = storage._files.open_output_stream
-
-    @contextlib.contextmanager
-    def interrupted(path: str) -> Iterator[Any]:
-        with put(path) as stream:
-            stream.write(b"half")
-        raise KeyboardInterrupt
-        yield
-
-    monkeypatch.setattr(storage, "_files", Patched(storage._files, open_output_stream=interrupted))
-    with pytest.raises(KeyboardInterrupt):
-        storage.publish("manifest.json", b"the whole of it")
-    assert store.files(url) == {}
 
 
 def test_W6_resuming_under_another_contract_is_refused_in_a_store_too(

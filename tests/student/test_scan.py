@@ -8,10 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages.distill.compiled_scan import compile_scans, scan_compiled
-from stages.distill.scan_loops import SPAN
-from stages.student.config import MiniCodformerConfig
-from stages.student.recurrences import MatrixRecurrence
+from stages.distill.compiled_scan import scan_compiled
 from stages.student.scan_chunked import SEGMENT, scan_chunked
 from stages.student.scan_naive import scan_naive
 
@@ -93,24 +90,3 @@ def test_O4_a_sequence_in_two_parts_equals_the_whole(scan, cut):
     second, last_of_parts = scan(*(tensor[:, cut:] for tensor in sequences), carried)
     torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(last_of_parts, last, rtol=1e-10, atol=1e-11)
-
-
-def test_O3_heads_that_threads_share_are_the_same_to_the_bit(monkeypatch):
-    inputs = draw(SPAN + 9, dtype=torch.float32, heads=5)
-    alone = run_with_gradients(scan_compiled, inputs)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    for mine, expected in zip(run_with_gradients(scan_compiled, inputs), alone, strict=True):
-        assert torch.equal(mine, expected)
-
-
-def test_a_compiled_student_scans_by_loops(monkeypatch):
-    config = MiniCodformerConfig(vocab_size=9, hidden_size=32, num_attention_heads=2)
-    recurrence = MatrixRecurrence(config)
-    recurrence.initialize()
-    command = torch.randn(2, 21, 4 * 32, generator=torch.Generator().manual_seed(0))
-    expected, last = recurrence(command, None, None)
-    compile_scans(recurrence)
-    monkeypatch.setattr("stages.student.scan_chunked._ChunkedScan.apply", None)
-    read, state = recurrence(command, None, None)
-    torch.testing.assert_close(read, expected)
-    torch.testing.assert_close(state, last)
