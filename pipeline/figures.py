@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+_BYTES = "bytes"
+
 
 def number(value: float) -> str:
     """A measured number: three decimals, or none from 100 on; very small ones in powers of ten."""
@@ -17,6 +19,18 @@ def number(value: float) -> str:
 def rate(value: float) -> str:
     """Of something a second."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
+
+
+def pace(value: float, unit: str, *, named: bool = True) -> str:
+    """So many of a unit a second, which is `named` unless that stands beside it; bytes as a size."""
+    if unit == _BYTES:
+        return f"{size(value)}/s"
+    return f"{rate(value)} {unit}/s" if named else f"{rate(value)}/s"
+
+
+def share(done: float, total: float, unit: str) -> str:
+    """So many of all of a unit; bytes as sizes."""
+    return f"{size(done)} of {size(total)}" if unit == _BYTES else f"{done:,.0f}/{total:,.0f} {unit}"
 
 
 def clock(seconds: float) -> str:

@@ -55,11 +55,11 @@ class PlainLines:
         pace.said = now
         parts = [
             f"{event.stage}: {event.done / max(event.total, 1):4.0%}",
-            f"{event.done:,.0f}/{event.total:,.0f} {event.unit}",
+            figures.share(event.done, event.total, event.unit),
         ]
         rate = pace.rate(event, now)
         if rate > 0:
-            parts.append(f"{figures.rate(rate)} {event.unit}/s")
+            parts.append(figures.pace(rate, event.unit))
             parts.append("done" if finished else f"ETA {figures.clock((event.total - event.done) / rate)}")
         if event.bytes:
             parts.append(figures.size(event.bytes))

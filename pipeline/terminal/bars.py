@@ -23,7 +23,7 @@ def newest_metrics(event: Metric) -> str:
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{figures.rate(speed)} {task.fields['unit']}/s" if speed else "", style="cyan")
+        return Text(figures.pace(speed, task.fields["unit"]) if speed else "", style="cyan")
 
 
 class LiveBars:
@@ -33,7 +33,7 @@ class LiveBars:
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f} %  {task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            TextColumn("{task.percentage:>3.0f} %  {task.fields[share]}"),
             _RateColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[extra]}", style="dim"),
@@ -56,10 +56,18 @@ class LiveBars:
     def _progress(self, event: Progress) -> None:
         extra = [figures.size(event.bytes)] if event.bytes else []
         extra += [newest_metrics(self._metrics[event.stage])] if event.stage in self._metrics else []
+        share = figures.share(event.done, event.total, event.unit)
         if event.stage not in self._tasks:
-            self._tasks[event.stage] = self._bars.add_task(event.stage, total=event.total, unit=event.unit, extra="")
+            self._tasks[event.stage] = self._bars.add_task(
+                event.stage, total=event.total, unit=event.unit, share=share, extra=""
+            )
         self._bars.update(
-            self._tasks[event.stage], completed=event.done, total=event.total, unit=event.unit, extra="  ".join(extra)
+            self._tasks[event.stage],
+            completed=event.done,
+            total=event.total,
+            unit=event.unit,
+            share=share,
+            extra="  ".join(extra),
         )
 
     def close(self) -> None:

@@ -88,8 +88,8 @@ def _stages(stages: Sequence[StageView], width: int) -> Table:
             Text(stage.stage, style="dim" if finished else "bold"),
             ProgressBar(total=max(stage.total, 1e-9), completed=stage.done, width=20 if width >= _NARROW else 8),
             Text(f"{stage.done / max(stage.total, 1e-9):.0%}"),
-            Text(f"{stage.done:,.0f}/{stage.total:,.0f} {stage.unit}"),
-            Text("" if stage.rate is None else f"{figures.rate(stage.rate)}/s", style="cyan"),
+            Text(figures.share(stage.done, stage.total, stage.unit)),
+            Text("" if stage.rate is None else figures.pace(stage.rate, stage.unit, named=False), style="cyan"),
             Text("" if stage.left is None else f"ETA {figures.clock(stage.left)}", style="cyan"),
             Text(figures.size(stage.bytes) if stage.bytes else "", style="dim"),
         ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import sinks
+from pipeline.terminal.bars import LiveBars
 from stages.events import Metric, Note, Progress
 
 
@@ -43,6 +44,18 @@ def test_a_plain_line_tells_share_count_rate_time_left_bytes_and_metrics(clock: 
     lines(Progress(stage="cache", done=1000, total=2000, unit="tokens", bytes=92_000))
     last = stream.getvalue().splitlines()[-1]
     assert last == "cache:  50%  1,000/2,000 tokens  50 tokens/s  ETA 0:20  92.0 kB  kl 0.250"
+
+
+def test_bytes_are_told_as_sizes_on_a_terminal_and_off_it(clock: list[float]) -> None:
+    stream = io.StringIO()
+    for listener in (sinks.PlainLines(stream), LiveBars(stream)):
+        for done in (0, 50_000_000):
+            clock[0] += 10
+            listener(Progress(stage="fetch", done=done, total=92_871_040, unit="bytes"))
+        listener.close()
+    plain = stream.getvalue().splitlines()[1]
+    assert plain == "fetch:  54%  50.0 MB of 92.9 MB  5.0 MB/s  ETA 0:09"
+    assert stream.getvalue().count("50.0 MB of 92.9 MB") == 2
 
 
 def test_plain_lines_are_few_but_the_last_is_always_there(clock: list[float]) -> None:
